@@ -1,0 +1,228 @@
+"""The data path from an array of images to augmented batches: Albumentations pipelines a batch at a time.
+
+`augment_batch(pipeline, images, rng)` has the distribution of calling the pipeline on each image, but draws the
+randomness of a batch at once and touches only the images on which a transform fires. The transforms of this project run
+as array operations; any other one is called image by image. All randomness comes from the generator passed in, never
+from the pipeline's own state, which repeats itself in loader workers (AlbumentationsX issue 266).
+"""
+
+import os
+from typing import NamedTuple
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or importing it asks the network for newer versions
+
+import albumentations as A
+import cv2
+import numpy as np
+import torch
+from albumentations.pytorch import ToTensorV2
+from torch.utils.data import Dataset, Sampler
+
+
+class ShiftScaleRotate(A.ImageOnlyTransform):
+    """Shift, scale and rotate about the centre, as `ShiftScaleRotate` of Albumentations 1.3.1 did it.
+
+    `A.Affine`, which took its place, shifts by whole pixels only and fills the border with black.
+
+    Args:
+        shift_limit: largest shift as a fraction of the side, drawn for each axis from (-shift_limit, shift_limit).
+        scale_limit: scale is drawn from (1 - scale_limit, 1 + scale_limit).
+        rotate_limit: angle in degrees, drawn from (-rotate_limit, rotate_limit).
+        p: probability that it fires.
+
+    Bilinear interpolation; the border is a reflection that does not repeat the edge pixels (BORDER_REFLECT_101).
+    """
+
+    def __init__(self, shift_limit=0.1, scale_limit=0.2, rotate_limit=15, p=0.5):
+        super().__init__(p=p)
+        self.shift_limit = shift_limit
+        self.scale_limit = scale_limit
+        self.rotate_limit = rotate_limit
+
+    def get_params_dependent_on_data(self, params, data):
+        return {"matrix": self.matrices(self.random_generator, 1, params["shape"])[0]}
+
+    def apply(self, img, matrix, **params):
+        height, width = img.shape[:2]
+        return cv2.warpAffine(img, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+
+    def matrices(self, rng, n, shape):
+        """Draw n affine matrices, float64 (n, 2, 3), for images of the given (H, W, ...)."""
+        height, width = shape[:2]
+        angle = np.deg2rad(rng.uniform(-self.rotate_limit, self.rotate_limit, n))
+        scale = rng.uniform(1 - self.scale_limit, 1 + self.scale_limit, n)
+        shift_x = rng.uniform(-self.shift_limit, self.shift_limit, n) * width
+        shift_y = rng.uniform(-self.shift_limit, self.shift_limit, n) * height
+        cos, sin = scale * np.cos(angle), scale * np.sin(angle)
+        x, y = (width - 1) / 2, (height - 1) / 2
+        row_x = np.stack([cos, sin, (1 - cos) * x - sin * y + shift_x], axis=1)
+        row_y = np.stack([-sin, cos, sin * x + (1 - cos) * y + shift_y], axis=1)
+        return np.stack([row_x, row_y], axis=1)
+
+
+def augment_batch(pipeline, images, rng):
+    """Apply an Albumentations pipeline to each image of a batch.
+
+    Args:
+        pipeline: an `A.Compose` (or any single Albumentations transform).
+        images: uint8 array (N, H, W, 3); the caller gives it away, it may be modified.
+        rng: `numpy.random.Generator`, the only source of randomness.
+
+    Returns:
+        Tensor (N, 3, H, W) in channels_last memory, float32 once the pipeline has `A.Normalize`.
+
+    Raises:
+        ValueError: the pipeline leaves images of different shapes, which do not make a batch.
+    """
+    plain = type(pipeline) is A.Compose and pipeline.p == 1
+    for transform in pipeline.transforms if plain else [pipeline]:
+        images = BATCHED.get(type(transform), _image_by_image)(transform, images, rng)
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def _firing(transform, images, rng):
+    """Indices of the images on which the transform fires."""
+    return np.flatnonzero(rng.random(len(images)) < transform.p)
+
+
+def _horizontal_flip(transform, images, rng):
+    firing = _firing(transform, images, rng)
+    images[firing] = images[firing, :, ::-1]
+    return images
+
+
+def _shift_scale_rotate(transform, images, rng):
+    firing = _firing(transform, images, rng)
+    for index, matrix in zip(firing, transform.matrices(rng, len(firing), images.shape[1:])):
+        images[index] = transform.apply(images[index], matrix)
+    return images
+
+
+def _coarse_dropout(transform, images, rng):
+    if isinstance(transform.fill, str) or transform.num_holes_range != (1, 1) or transform.hole_height_range[1] < 1:
+        return _image_by_image(transform, images, rng)  # random or inpainted holes, several, or sizes in fractions
+    firing = _firing(transform, images, rng)
+    edges = []
+    for side, (low, high) in zip(images.shape[1:3], (transform.hole_height_range, transform.hole_width_range)):
+        length = rng.integers(int(low), min(int(high), side) + 1, len(firing))
+        start = rng.integers(0, side - length + 1)
+        pixel = np.arange(side)
+        edges.append((start[:, None] <= pixel) & (pixel < (start + length)[:, None]))
+    rows, columns = edges
+    hole = rows[:, :, None, None] & columns[:, None, :, None]
+    images[firing] = np.where(hole, np.asarray(transform.fill, images.dtype), images[firing])
+    return images
+
+
+def _normalize(transform, images, rng):
+    if transform.normalization != "standard" or transform.p < 1:
+        return _image_by_image(transform, images, rng)
+    n, height, width, channels = images.shape
+    rows = images.reshape(n * height, width * channels).astype(np.float32)  # long rows, so that numpy vectorises
+    rows -= np.tile(np.broadcast_to(transform.mean_np, channels), width)
+    rows *= np.tile(np.broadcast_to(transform.denominator, channels), width)
+    return rows.reshape(images.shape)
+
+
+def _to_tensor(transform, images, rng):
+    return images  # augment_batch makes the tensor, of the whole batch
+
+
+BATCHED = {
+    A.HorizontalFlip: _horizontal_flip,
+    ShiftScaleRotate: _shift_scale_rotate,
+    A.CoarseDropout: _coarse_dropout,
+    A.Normalize: _normalize,
+    ToTensorV2: _to_tensor,
+}
+
+
+def _image_by_image(transform, images, rng):
+    """Any other transform: Albumentations itself, one image at a time, where it fires."""
+    transform.set_random_seed(int(rng.integers(2**32)))
+    if isinstance(transform, A.BaseCompose):  # it decides by itself what fires and when
+        results = [_as_array(transform(image=image)["image"]) for image in images]
+    else:
+        results = list(images)
+        for index in _firing(transform, images, rng):
+            results[index] = _as_array(transform(image=images[index], force_apply=True)["image"])
+    shapes = sorted({result.shape for result in results})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{type(transform).__name__} leaves images of different shapes, such as {shapes[0]} and {shapes[1]}, "
+            "which do not make a batch; let the pipeline's geometry end in a fixed size, as of A.Resize(32, 32)"
+        )
+    return np.stack(results)
+
+
+def _as_array(image):
+    """Undo a ToTensorV2 inside a nested pipeline: H, W, 3 again."""
+    return image.permute(1, 2, 0).numpy() if isinstance(image, torch.Tensor) else image
+
+
+class ImageBatches(Dataset):
+    """Images and labels that a `DataLoader` reads a batch at a time, augmented as a batch.
+
+    The attributes are those of `datasets.ImageSet`; `dataset[i]` is one (image float32 (3, 32, 32), label) pair.
+    """
+
+    def __init__(self, image_set, transforms):
+        self.images, self.labels = image_set.images, image_set.labels
+        self.classes, self.name, self.source = image_set.classes, image_set.name, image_set.source
+        self.transforms = transforms
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, key):
+        images, labels = self.__getitems__([key])
+        return images[0], int(labels[0])
+
+    def __getitems__(self, keys):
+        if not isinstance(keys[0], SeededIndex):  # not from our sampler: somebody looks at single samples
+            seed = int(torch.empty((), dtype=torch.int64).random_())
+            keys = [SeededIndex(index, seed, position) for position, index in enumerate(keys)]
+        indices = [key.index for key in keys]
+        rng = np.random.default_rng((keys[0].seed, keys[0].position))
+        images = augment_batch(self.transforms, self.images[indices], rng)
+        return images, torch.from_numpy(self.labels[indices])
+
+
+class SeededIndex(NamedTuple):
+    """What the sampler hands the data set: which image, the seed of this epoch, and the place in it."""
+
+    index: int
+    seed: int
+    position: int
+
+
+class SeededSampler(Sampler):
+    """Adds to each index that another sampler yields the randomness of its augmentation, drawn anew every epoch.
+
+    The seed travels with the batch, so the augmentations follow `torch.manual_seed`, differ between epochs and batches,
+    and are the same at any number of workers.
+    """
+
+    def __init__(self, sampler, generator=None):
+        self.sampler, self.generator = sampler, generator
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def __iter__(self):
+        seed = int(torch.empty((), dtype=torch.int64).random_(generator=self.generator))
+        for position, item in enumerate(self.sampler):
+            if isinstance(item, (list, tuple)):  # a batch sampler
+                yield [SeededIndex(int(index), seed, position) for index in item]
+            else:
+                yield SeededIndex(int(item), seed, position)
+
+
+def as_batch(batch):
+    """The `collate_fn` for what is a batch already."""
+    return batch
+
+
+def collate_samples(collate_fn, batch):
+    """Hand a batch to a `collate_fn` that expects a list of samples."""
+    return collate_fn(list(zip(*batch)))

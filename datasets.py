@@ -1,0 +1,271 @@
+"""From files to arrays: CIFAR-10 (or a folder of images in its layout) and an offline sample as plain NumPy arrays.
+
+    from datasets import load_images
+    train = load_images("cifar10", "train", root="data")    # train.images, train.labels, train.classes
+
+Nothing here knows about tensors, loaders or augmentation.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+import download
+
+DATASETS = ("cifar10", "digits")
+SPLITS = ("train", "test")
+IMAGE_SIZE = 32
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # of the training images, per channel, on the scale 0 to 1
+CIFAR10_STD = (0.2471, 0.2435, 0.2616)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """One split of a data set, in memory."""
+
+    images: np.ndarray  # uint8 (N, 32, 32, 3), RGB
+    labels: np.ndarray  # int64 (N,), indices into classes
+    classes: tuple[str, ...]
+    name: str  # what prints and plot titles call it
+    source: str  # one line: where it came from
+
+
+def load_images(dataset: str, split: str, root: str | os.PathLike | None = None) -> ImageSet:
+    """Load one split of a data set into memory and print one line saying where it came from.
+
+    "cifar10" is the first of these that exists:
+
+    1. a folder of images, `<root>/train/<class>/*.png|jpg|jpeg` and `<root>/test/<class>/*`, any classes; it is
+       decoded once and cached as `<root>/.train-32px.npz` and `<root>/.test-32px.npz`
+    2. the official batches, `<root>/cifar-10-batches-py`
+    3. the official archive, `<root>/cifar-10-python.tar.gz`, which is unpacked
+    4. the official archive, downloaded
+
+    "digits" is scikit-learn's 1,797 8x8 handwritten digits, enlarged: no download, a sample to try things on.
+
+    Parameters
+    ----------
+    dataset : "cifar10" or "digits"
+    split : "train" or "test"
+    root : folder of the data; by default the environment variable CIFAR10_ROOT, else ./data. "digits" needs none.
+
+    Returns
+    -------
+    ImageSet : images uint8 (N, 32, 32, 3) in RGB, labels int64 (N,), always in the same order.
+
+    Raises
+    ------
+    ValueError : unknown dataset or split, or data that is incomplete or damaged (the message names the files)
+    download.DownloadError : the archive could not be downloaded, or is not the official one
+
+    Source: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
+    """
+    if dataset not in DATASETS:
+        raise ValueError(f"unknown dataset {dataset!r}: there is {' and '.join(map(repr, DATASETS))}")
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: there is {' and '.join(map(repr, SPLITS))}")
+    root = Path(root or os.environ.get("CIFAR10_ROOT") or "data").expanduser()
+    if dataset == "digits":
+        loaded = _load_digits(split)
+    # One of the two is enough to choose the folder: a lost test folder should be an error, not a surprise download.
+    elif (root / "train").is_dir() or (root / "test").is_dir():
+        loaded = _load_folder(root, split)
+    else:
+        loaded = _load_official(root, split)
+    print(f"{split}: {len(loaded.labels):,} images in {len(loaded.classes)} classes from {loaded.source}")
+    return loaded
+
+
+# ---- a folder of images ----------------------------------------------------------------------------------------
+
+
+def _load_folder(root: Path, split: str) -> ImageSet:
+    classes = _list_classes(root)
+    files, labels, fingerprint = _list_images(root / split, classes)
+    cache = root / f".{split}-{IMAGE_SIZE}px.npz"
+    images = _read_cache(cache, classes, labels, fingerprint)
+    if images is None:
+        images = _decode(root / split, files)
+        _write_cache(cache, images=images, labels=labels, classes=np.array(classes), fingerprint=np.array(fingerprint))
+    return ImageSet(images, labels, classes, f"{root.resolve().name} folder", f"image folder {root / split}")
+
+
+def _list_classes(root: Path) -> tuple[str, ...]:
+    """The sorted sub-folder names of train, once test is known to have the same."""
+    names = {}
+    for split in SPLITS:
+        entries = _scan(root / split) if (root / split).is_dir() else []
+        if not entries:
+            raise ValueError(f"no images in {root / split}: expected {root / split}/<class>/<name>.png or .jpg")
+        if stray := [entry.name for entry in entries if not entry.is_dir()]:
+            raise ValueError(f"{_some(stray)} in {root / split}: only class folders may be there; move the rest away")
+        names[split] = [entry.name for entry in entries]
+    train, test = names.values()
+    missing = [name for name in train if name not in test]
+    extra = [name for name in test if name not in train]
+    if missing or extra:
+        raise ValueError(
+            f"{root / 'test'} must have the classes of {root / 'train'}: missing {_some(missing) or 'none'}, "
+            f"extra {_some(extra) or 'none'}; add, rename or delete folders until they agree"
+        )
+    return tuple(train)
+
+
+def _list_images(folder: Path, classes: tuple[str, ...]) -> tuple[list[str], np.ndarray, str]:
+    """File names below folder in (class, name) order, labels int64 (N,), and a hash that changes with any file."""
+    files, labels, stray, empty = [], [], [], []
+    fingerprint = hashlib.sha256()
+    for label, name in enumerate(classes):
+        before = len(files)
+        for entry in _scan(folder / name):
+            file = f"{name}/{entry.name}"
+            if not (entry.is_file() and entry.name.lower().endswith((".png", ".jpg", ".jpeg"))):
+                stray.append(file)
+                continue
+            files.append(file)
+            labels.append(label)
+            status = entry.stat()
+            fingerprint.update(os.fsencode(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n"))
+        if len(files) == before:
+            empty.append(name)
+    if stray:
+        raise ValueError(f"{_some(stray)} in {folder}: only .png, .jpg and .jpeg may be there; move the rest away")
+    if empty:
+        raise ValueError(f"no images in {_some(empty)} of {folder}: add some, or delete the class from train and test")
+    return files, np.array(labels, dtype=np.int64), fingerprint.hexdigest()
+
+
+def _scan(folder: Path) -> list[os.DirEntry]:
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f", … ({len(names):,} in all)" if len(names) > 5 else "")
+
+
+def _decode(folder: Path, files: list[str]) -> np.ndarray:
+    """Decode files into uint8 (N, 32, 32, 3), or raise one ValueError that names all those that cannot be."""
+    images = np.empty((len(files), IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    bad, reason, converted, resized = [], "", 0, 0
+    for i, file in enumerate(tqdm(files, desc=f"decoding {folder.name}", unit=" images", disable=None)):
+        try:
+            # Only these two formats: some of Pillow's other readers start other programs.
+            with Image.open(folder / file, formats=("PNG", "JPEG")) as image:
+                converted += image.mode != "RGB"
+                resized += image.size != (IMAGE_SIZE, IMAGE_SIZE)
+                images[i] = to_rgb(image, IMAGE_SIZE)
+        except Exception as error:  # a damaged file can make Pillow raise nearly anything
+            reason = reason or f"{type(error).__name__}: {error}"
+            bad.append(file)
+    if bad:
+        raise ValueError(
+            f"cannot read {_some(bad)} in {folder} (the first: {reason}): only whole PNG and JPEG images are allowed; "
+            "replace or delete what is damaged"
+        )
+    if converted or resized:
+        print(f"{folder}: {converted:,} images converted to RGB, {resized:,} resized to {IMAGE_SIZE}x{IMAGE_SIZE}")
+    return images
+
+
+def to_rgb(image: Image.Image, size: int = IMAGE_SIZE) -> np.ndarray:
+    """Bring a PIL image of any mode and size to uint8 (size, size, 3).
+
+    Transparency goes over white, 16-bit grey is scaled to 8 bits, a camera's rotation tag is applied, and another size
+    is resized with antialiased bilinear (not cropped, so a picture that is not square is squeezed).
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip at 255 instead of scaling
+        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) / 257).round().astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.array(image)
+
+
+def _read_cache(cache: Path, classes: tuple[str, ...], labels: np.ndarray, fingerprint: str) -> np.ndarray | None:
+    """The images of a cache that belongs to this very listing, else None."""
+    try:
+        with np.load(cache, allow_pickle=False) as stored, stored.zip.open("images.npy") as file:
+            if str(stored["fingerprint"]) != fingerprint:
+                return None
+            same = tuple(stored["classes"]) == classes and np.array_equal(stored["labels"], labels)
+            images = np.lib.format.read_array(file, allow_pickle=False)
+            if file.read(1):  # only reaching the end checks the CRC, and a flipped bit in the header can stop short
+                raise ValueError("bytes left over")
+        shape = (len(labels), IMAGE_SIZE, IMAGE_SIZE, 3)
+        return images if same and images.shape == shape and images.dtype == np.uint8 else None
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # whatever is wrong with it, the images can be decoded anew
+        print(f"{cache} is damaged ({error}): decoding anew")
+        return None
+
+
+def _write_cache(cache: Path, **arrays: np.ndarray) -> None:
+    # Written elsewhere first, so that no other process ever sees half a cache.
+    temporary = cache.with_name(f"{cache.name}.{uuid4().hex}")
+    try:
+        with open(temporary, "xb") as file:
+            np.savez(file, **arrays)
+        os.replace(temporary, cache)
+    except OSError as error:  # a read-only folder or a full disk
+        print(f"not cached, so the next start decodes again: {error}")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---- the official batches --------------------------------------------------------------------------------------
+
+
+def _load_official(root: Path, split: str) -> ImageSet:
+    from torchvision.datasets import CIFAR10  # slow to import, and not needed for the rest
+
+    folder, archive = root / download.FOLDER_NAME, root / download.ARCHIVE_NAME
+    source = f"official batches in {folder}"
+    if not folder.is_dir():
+        source = f"official archive {archive}"
+        if not archive.is_file():
+            source += ", downloaded"
+            download.download_archive(root)
+        download.extract_archive(archive)
+    try:
+        data = CIFAR10(root, train=split == "train", download=False)  # checks MD5s before it opens the pickles
+    except RuntimeError as error:
+        damaged = f"{folder} is damaged (a file is missing or fails its MD5 check)"
+        if not archive.is_file():
+            raise ValueError(f"{damaged}: delete it to have the archive downloaded, or put {archive} there") from error
+        aside = folder.rename(folder.with_name(f"{folder.name}.damaged-{uuid4().hex[:8]}"))
+        print(f"{damaged}: moved to {aside.name}, unpacking {archive} anew")
+        download.extract_archive(archive)
+        data = CIFAR10(root, train=split == "train", download=False)
+    images = np.ascontiguousarray(data.data)  # torchvision gives a channels-last view of planes
+    return ImageSet(images, np.array(data.targets, dtype=np.int64), tuple(data.classes), "CIFAR-10", source)
+
+
+# ---- the offline sample ----------------------------------------------------------------------------------------
+
+
+def _load_digits(split: str) -> ImageSet:
+    from sklearn.datasets import load_digits  # slow to import, and not needed for the rest
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    everything = np.arange(len(digits.target))
+    both = train_test_split(everything, test_size=360, stratify=digits.target, random_state=0)
+    indices = both[SPLITS.index(split)]
+    greys = (digits.images[indices] * (255 / 16)).round().astype(np.uint8)  # sklearn's values are 0 to 16
+    images = np.stack([to_rgb(Image.fromarray(grey)) for grey in greys])
+    labels = digits.target[indices].astype(np.int64)
+    classes = tuple(str(name) for name in digits.target_names)
+    return ImageSet(images, labels, classes, "digits (offline sample)", "sklearn.datasets.load_digits")

@@ -1,0 +1,273 @@
+"""The S9 network for CIFAR-10 (`Model`) and the arithmetic of what it sees (`receptive_field`).
+
+This file is the definition of the architecture: read `Model.__init__` top to bottom and you have the table of the
+README. It knows nothing about data or training, which live in `utils.py`.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from layers import Conv2d, Dropout
+
+MIN_INPUT_SIZE = 7  # C1 uses up 2 pixels in its first and 4 in its dilated convolution
+
+
+def squeeze(in_channels, out_channels):
+    """A bare 1x1 convolution; behind depthwise layers it is the pointwise half of the separable pair."""
+    return Conv2d(in_channels, out_channels, 1, bias=False)
+
+
+class Model(nn.Module):
+    """Four convolution blocks, global average pooling and a 1x1 classifier: 199,810 parameters, receptive field 95.
+
+    C1 to C3 end in a strided convolution instead of pooling; C1 has a dilated layer; the 3x3 layers of C3 and C4 are
+    depthwise (but for C3's strided one), each block's run of them closed by a pointwise `squeeze`.
+
+    Args:
+        dropout_value: probability of zeroing an activation, in [0, 1].
+
+    Input is float (N, 3, H, W), normalised, H and W at least 7 (32 for CIFAR-10); output is (N, 10) log-probabilities.
+    """
+
+    def __init__(self, dropout_value=0.01):
+        super().__init__()
+
+        def layer(in_channels, out_channels, **conv):
+            return nn.Sequential(
+                OrderedDict(
+                    conv=Conv2d(in_channels, out_channels, 3, bias=False, **conv),
+                    relu=nn.ReLU(inplace=True),
+                    norm=nn.BatchNorm2d(out_channels),
+                    dropout=Dropout(dropout_value),
+                )
+            )
+
+        self.C1 = nn.Sequential(
+            layer(3, 16),
+            layer(16, 32, padding=1),
+            layer(32, 48, dilation=2),
+            layer(48, 32, padding=1, stride=2),
+        )
+        self.C2 = nn.Sequential(
+            layer(32, 64, padding=1),
+            layer(64, 96, padding=1),
+            squeeze(96, 64),
+            layer(64, 32, padding=1, stride=2),
+        )
+        self.C3 = nn.Sequential(
+            layer(32, 64, padding=1, groups=32),
+            layer(64, 128, padding=1, groups=64),
+            squeeze(128, 64),
+            layer(64, 64, padding=1, stride=2),
+        )
+        self.C4 = nn.Sequential(
+            layer(64, 128, padding=1, groups=64),
+            layer(128, 256, padding=1, groups=128),
+            layer(256, 256, padding=1, groups=256),
+            squeeze(256, 52),
+        )
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = Conv2d(52, 10, 1)
+
+    def forward(self, x):
+        if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < MIN_INPUT_SIZE or not x.is_floating_point():
+            raise ValueError(
+                f"Model got {x.dtype} of shape {tuple(x.shape)}; it takes a floating-point batch of RGB images "
+                f"(N, 3, H, W) with H and W at least {MIN_INPUT_SIZE}, such as the loaders of utils.py yield"
+            )
+        x = self.C1(x)
+        x = self.C2(x)
+        x = self.C3(x)
+        x = self.C4(x)
+        x = self.classifier(self.pool(x))
+        # Under autocast x is half precision, too coarse for a logarithm.
+        return F.log_softmax(x.flatten(1), dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class ReceptiveFieldRow:
+    """One convolution or pooling layer: its geometry, and in input pixels what one of its outputs sees.
+
+    `name` is its path in the model, `summary_row` its row in the torchsummary table, `size` the side of its output,
+    `jump` the distance in input pixels between neighbouring outputs. Both `jump` and `receptive_field` are None from a
+    global pooling on, where every output sees the whole image.
+    """
+
+    name: str
+    summary_row: str
+    kernel: int
+    stride: int
+    padding: int
+    dilation: int
+    groups: int
+    size: int
+    jump: int | None
+    receptive_field: int | None
+
+
+class ReceptiveFieldTable(list):
+    """The rows of `receptive_field`, which print as a table."""
+
+    @property
+    def total(self):
+        """Receptive field in pixels of the last layer before any global pooling."""
+        return max((row.receptive_field for row in self if row.receptive_field is not None), default=1)
+
+    def __str__(self):
+        header = [field.name.replace("_", " ") for field in fields(ReceptiveFieldRow)]
+        lines = [header] + [
+            ["all" if value is None else str(value) for value in (getattr(row, f.name) for f in fields(row))]
+            for row in self
+        ]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if column < 2 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(line, widths))
+            )
+            for line in lines
+        )
+
+
+def receptive_field(model, input_size=32):
+    """Trace a chain of layers and compute what each output sees.
+
+    One forward pass over zeros finds the convolution and pooling modules in the order in which they run; then, layer by
+    layer, r_out = r_in + (k - 1) * d * j_in and j_out = j_in * s (Araujo et al., "Computing Receptive Fields of
+    Convolutional Neural Networks", Distill 2019).
+
+    Args:
+        model: any `nn.Module` whose forward is a chain of Conv2d, pooling and elementwise modules.
+        input_size: side of the square input in pixels.
+
+    Returns:
+        A `ReceptiveFieldTable`: a list of `ReceptiveFieldRow`, printable, with the receptive field in `.total`.
+
+    Raises:
+        ValueError: the model branches, or holds a module or a step in between that cannot be traced.
+    """
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is None:
+        raise ValueError(f"{type(model).__name__} has no Conv2d; receptive_field traces convolutional networks")
+    if isinstance(input_size, bool) or not isinstance(input_size, int) or input_size < 1:
+        raise ValueError(f"input_size is {input_size!r}; it must be the side of a square image in pixels, at least 1")
+
+    x = torch.zeros(1, first.in_channels, input_size, input_size, device=first.weight.device, dtype=first.weight.dtype)
+    x.requires_grad_()
+    calls = []  # (name, module, input side, output side) in the order of execution
+    names = {module: name for name, module in model.named_modules()}
+
+    def record(module, inputs, output):
+        if not isinstance(output, torch.Tensor):
+            raise ValueError(f"receptive_field cannot trace {names[module]!r}: it returns a {type(output).__name__}")
+        calls.append((names[module] or type(module).__name__, module, _side(inputs[0]), _side(output)))
+
+    leaves = [module for module in model.modules() if not any(True for _ in module.children())]
+    hooks = [module.register_forward_hook(record) for module in leaves]
+    modes = [(module, module.training) for module in model.modules()]
+    constants = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    try:
+        model.eval()
+        with torch.enable_grad():
+            output = torch.func.functional_call(model, constants, (x.clone(),))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+    _check_chain(output)
+
+    rows = ReceptiveFieldTable()
+    size, jump, field = input_size, 1, 1
+    for number, (name, module, side_in, side_out) in enumerate(calls, start=1):
+        if side_in != size:
+            raise ValueError(
+                f"receptive_field cannot trace what happens before {name!r}: the side changes from {size} to {side_in} "
+                "outside any module; write that step as a module (nn.MaxPool2d, not F.max_pool2d)"
+            )
+        size = side_out
+        kernel, stride, padding, dilation, groups = _geometry(name, module, side_in)
+        if kernel is None:
+            continue
+        if isinstance(module, GLOBAL_POOLING) or jump is None:
+            jump = field = None
+        else:
+            field += (kernel - 1) * dilation * jump
+            jump *= stride
+        summary_row = f"{type(module).__name__}-{number}"
+        rows.append(ReceptiveFieldRow(name, summary_row, kernel, stride, padding, dilation, groups, size, jump, field))
+    return rows
+
+
+GLOBAL_POOLING = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+ELEMENTWISE = (
+    nn.Identity,
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.modules.dropout._DropoutNd,
+)
+AFTER_THE_IMAGE = (nn.Flatten, nn.Linear)
+
+
+def _geometry(name, module, side_in):
+    """(kernel, stride, padding, dilation, groups) of a layer; a kernel of None for an elementwise one."""
+
+    def square(attribute):
+        value = getattr(module, attribute)
+        sides = value if isinstance(value, tuple) else (value, value)
+        if sides[0] != sides[1]:
+            raise ValueError(f"receptive_field cannot trace {name!r}: its {attribute} {sides} is not square")
+        return sides[0]
+
+    if isinstance(module, nn.Conv2d):
+        kernel, dilation = square("kernel_size"), square("dilation")
+        if isinstance(module.padding, str):  # "same" or "valid"
+            padding = dilation * (kernel - 1) // 2 if module.padding == "same" else 0
+        else:
+            padding = square("padding")
+        return kernel, square("stride"), padding, dilation, module.groups
+    if isinstance(module, nn.MaxPool2d):
+        return square("kernel_size"), square("stride"), square("padding"), square("dilation"), 1
+    if isinstance(module, nn.AvgPool2d):
+        return square("kernel_size"), square("stride"), square("padding"), 1, 1
+    if isinstance(module, GLOBAL_POOLING):
+        if module.output_size not in (1, (1, 1)):
+            raise ValueError(f"receptive_field cannot trace {name!r}: adaptive pooling to more than one output")
+        return side_in, 1, 0, 1, 1
+    activation = type(module).__module__ == nn.ReLU.__module__ and not isinstance(module, nn.MultiheadAttention)
+    if activation or isinstance(module, ELEMENTWISE + AFTER_THE_IMAGE):
+        return None, None, None, None, None
+    raise ValueError(
+        f"receptive_field cannot trace {name!r}, a {type(module).__name__}: it knows Conv2d, max, average and global "
+        "pooling, and elementwise layers (activations, normalisation, dropout)"
+    )
+
+
+def _side(x):
+    """Side of the square image that x holds; 1 once it is flat."""
+    if x.ndim != 4:
+        return 1
+    if x.shape[-1] != x.shape[-2]:
+        raise ValueError(f"receptive_field traces square images; a layer gave shape {tuple(x.shape)}")
+    return x.shape[-1]
+
+
+def _check_chain(output):
+    """Walk back from the output to the input through autograd's graph; where two ways lead back, the model branches.
+
+    The parameters took part as constants, so every node of the graph lies between the input and the output.
+    """
+    node = output.grad_fn
+    while node is not None:
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        if len(parents) > 1:
+            raise ValueError(
+                f"receptive_field cannot trace a model that branches ({node.name()} joins {len(parents)} paths); "
+                "give it one branch at a time"
+            )
+        node = parents[0] if parents else None

@@ -1,0 +1,90 @@
+"""Class names and probabilities for any pictures.
+
+model.load_state_dict(load_weights("runs/s9/best.pt"))
+predict(model, ["cat.jpg", "truck.png"])
+"""
+
+import os
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from datasets import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, to_rgb
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # not all of Pillow's: some of its readers start other programs
+
+
+class Prediction(NamedTuple):
+    """The most probable class of one picture, its probability, and those of all classes, {name: probability}."""
+
+    class_name: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+@torch.no_grad()
+def predict(model, images, classes=CIFAR10_CLASSES):
+    """Classify pictures of any size and mode; each is brought to 32x32 RGB, squeezed if it is not square.
+
+    Args:
+        model: returns (N, classes) scores or log-probabilities for normalised float32 (N, 3, 32, 32), on any device.
+        images: one picture or a list of them. A picture is a file name, a PIL image, or an array (H, W), (H, W, 1),
+            (H, W, 3) or (H, W, 4), uint8 from 0 to 255 or floating-point from 0 to 1.
+        classes: class names in the order of the model's outputs.
+
+    Returns:
+        A list of `Prediction`, one a picture, with probabilities that sum to 1.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: something that is not a picture; says which.
+    """
+    if isinstance(images, (str, os.PathLike, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):
+        images = [images]
+    if not len(images):
+        return []
+    pixels = np.stack([to_rgb(_as_pil(image, index)) for index, image in enumerate(images)])
+    normalised = (pixels.astype(np.float32) / 255 - np.float32(CIFAR10_MEAN)) / np.float32(CIFAR10_STD)
+    batch = torch.from_numpy(normalised).permute(0, 3, 1, 2).to(next(model.parameters()).device)
+    training = model.training
+    try:
+        scores = model.eval()(batch)
+    finally:
+        model.train(training)
+    if scores.shape[1] != len(classes):
+        raise ValueError(f"the model has {scores.shape[1]} outputs and {len(classes)} class names were given")
+    return [
+        Prediction(classes[int(np.argmax(row))], float(max(row)), dict(zip(classes, row)))
+        for row in scores.float().softmax(dim=1).tolist()
+    ]
+
+
+def _as_pil(image, index):
+    """One picture, in any of the forms that `predict` takes, as a PIL image."""
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, (str, os.PathLike)):
+        try:
+            with Image.open(image, formats=FORMATS) as opened:
+                opened.load()
+                return opened
+        except FileNotFoundError:
+            raise FileNotFoundError(f"images[{index}]: there is no file {image}") from None
+        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"images[{index}]: {image} is not a picture that can be read ({error})") from error
+    if not isinstance(image, np.ndarray):
+        raise TypeError(
+            f"images[{index}] is a {type(image).__name__}; a picture is a file name, a PIL image or a NumPy array"
+        )
+    pixels = image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
+    if pixels.size == 0 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
+        raise ValueError(f"images[{index}] has shape {image.shape}; an array is (H, W) or (H, W, 1, 3 or 4)")
+    if np.issubdtype(pixels.dtype, np.floating) and pixels.min() >= 0 and pixels.max() <= 1:  # false for NaN too
+        pixels = (pixels * 255).round().astype(np.uint8)
+    if pixels.dtype != np.uint8:
+        raise ValueError(
+            f"images[{index}] is {image.dtype} from {image.min()} to {image.max()}; an array is uint8 from 0 to 255 or "
+            "floating-point from 0 to 1"
+        )
+    return Image.fromarray(np.ascontiguousarray(pixels))

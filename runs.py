@@ -1,0 +1,277 @@
+"""Run directories: what a training run leaves on disk, and how it goes on after an interruption.
+
+    run = Run("s9")
+    hyperparameters = {"lr": 0.2, "epochs": 80, ...}
+    train_losses, train_acc, test_losses, test_acc = run.resume(hyperparameters, model, optimizer, scheduler)
+    for epoch in range(len(train_losses), 80):
+        ...                                     # train, test, scheduler.step()
+        run.save(train_losses, train_acc, test_losses, test_acc)
+
+`runs/<name>/checkpoint.pt` is the one source of truth, replaced atomically after every epoch; `history.csv`,
+`run.json`, `last.pt` and `best.pt` are written from it, and written again when the run goes on.
+"""
+
+import csv
+import io
+import json
+import os
+import pathlib
+import platform
+import random
+import time
+import zipfile
+from datetime import UTC, datetime
+from importlib.metadata import version
+
+import filelock
+import numpy as np
+import torch
+
+COLUMNS = ("train_loss", "train_acc", "test_loss", "test_acc")
+MAY_CHANGE = ("epochs",)  # hyperparameters that leave a checkpoint meaningful
+
+
+def seed_everything(seed):
+    """Seed every generator that training draws from: Python's, NumPy's and torch's, on all devices.
+
+    Raises:
+        ValueError: seed is not a whole number from 0 to 2**32 - 1, the range that NumPy takes.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed!r}; it must be a whole number from 0 to {2**32 - 1}")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def write_atomically(path, data):
+    """Write bytes to path so that it holds either all of them or what it held before.
+
+    Raises:
+        OSError: they could not be written (full or read-only disk); the old file, if any, is untouched.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        reason = f"could not write {path}: {error.strerror}. What was there before is intact; make room and go on"
+        raise OSError(error.errno, reason) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_weights(path):
+    """Read a file of tensors that `torch.save` wrote, after a check of its checksums; no code in it is ever run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or is not one of tensors.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch itself does not check the CRCs
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"bad checksum of {damaged}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no weights file {path}") from None
+    except Exception as error:  # whatever zipfile, pickle and torch find wrong in arbitrary bytes
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} is damaged or is not a file of tensors written by torch.save ({reason}). Nothing was changed; "
+            "put back a good copy, or delete it to start afresh"
+        ) from error
+
+
+class Run:
+    """The directory `<root>/<name>/` of one training run, held by one process at a time.
+
+    Args:
+        name: name of the run, and of its directory.
+        data: a line that says which images it trains on, for `run.json`.
+        root: where the runs are.
+
+    Raises:
+        ValueError: name is not a plain directory name.
+        RuntimeError: another process trains under the same name.
+        OSError: the directory cannot be made.
+    """
+
+    def __init__(self, name, data="", root="runs"):
+        if not name or pathlib.Path(name).name != name or name in (".", ".."):
+            raise ValueError(f"run name {name!r} must be a plain directory name, without separators")
+        self.name, self.data = name, data
+        self.folder = pathlib.Path(root) / name
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # One lock a process and path, so that a notebook cell can be run again.
+            self._lock = filelock.FileLock(self.folder / ".lock", timeout=0, is_singleton=True)
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise RuntimeError(
+                f"another process trains the run {name!r} in {self.folder}; wait for it, or choose another RUN_NAME"
+            ) from None
+        except OSError as error:
+            raise OSError(
+                error.errno, f"cannot keep a run in {self.folder}: {error.strerror}; it must be a writable directory"
+            ) from error
+        for leftover in self.folder.glob(".*.tmp"):
+            leftover.unlink()
+
+    def __truediv__(self, file_name):
+        """Path of a file in the run's directory: `run / "curves.png"`."""
+        return self.folder / file_name
+
+    def resume(self, hyperparameters, model, optimizer, scheduler=None):
+        """Bring all three, and the random generators, to where the last complete epoch left them, if there was one.
+
+        Args:
+            hyperparameters: what defines the run, {name: number, string or bool}. A run goes on only with the same
+                ones; "epochs" may differ.
+            model, optimizer, scheduler: new ones, made as at the run's start; `save` records them.
+
+        Returns:
+            (train_losses, train_acc, test_losses, test_acc): lists with an entry an epoch done, to append to.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or of another network or other hyperparameters; nothing is changed.
+        """
+        self.hyperparameters = dict(hyperparameters)
+        self._model, self._optimizer, self._scheduler = model, optimizer, scheduler
+        self._history = []  # a dict an epoch: lr and seconds, beside COLUMNS
+        self._best = None
+        self._start_epoch()
+        checkpoint_path = self / "checkpoint.pt"
+        if not checkpoint_path.exists():
+            print(f"{self.folder}: a new run")
+            return [], [], [], []
+        checkpoint = load_weights(checkpoint_path)
+        self._refuse_other_run(checkpoint)
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if scheduler is not None:
+            scheduler.load_state_dict(checkpoint["scheduler"])
+        self._history, self._best = checkpoint["history"], checkpoint["best"]
+        _set_random_state(checkpoint["random"])
+        self._start_epoch()
+        self._export(checkpoint)
+        print(f"{self.folder}: going on after epoch {len(self._history)} of {self.hyperparameters.get('epochs', '?')}")
+        return tuple([row[column] for row in self._history] for column in COLUMNS)
+
+    def save(self, train_losses, train_acc, test_losses, test_acc):
+        """Record the epoch that has just ended, the last entry of each list, and everything needed to go on from it.
+
+        Raises:
+            ValueError: the lists are not one epoch longer than at the last save.
+            OSError: it could not be written; the last checkpoint is intact.
+        """
+        lists = (train_losses, train_acc, test_losses, test_acc)
+        if {len(values) for values in lists} != {len(self._history) + 1}:
+            raise ValueError(
+                f"save got lists of {', '.join(str(len(values)) for values in lists)} epochs and {len(self._history)} "
+                "are saved; it takes each list of resume with one entry appended"
+            )
+        row = {"epoch": len(self._history) + 1, "lr": self._lr}
+        row |= {column: values[-1] for column, values in zip(COLUMNS, lists)}
+        row["seconds"] = round(time.monotonic() - self._epoch_start, 2)
+        history = [*self._history, row]
+        weights = {name: value.detach().cpu().clone() for name, value in self._model.state_dict().items()}
+        best = self._best
+        if best is None or row["test_acc"] > best["test_acc"]:
+            best = {"epoch": row["epoch"], "test_acc": row["test_acc"], "weights": weights}
+        checkpoint = {
+            "hyperparameters": self.hyperparameters,
+            "model": weights,
+            "optimizer": self._optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict() if self._scheduler else None,
+            "random": _random_state(),
+            "history": history,
+            "best": best,
+        }
+        write_atomically(self / "checkpoint.pt", _serialized(checkpoint))
+        self._history, self._best = history, best
+        self._export(checkpoint)
+        self._start_epoch()
+
+    def _start_epoch(self):
+        self._lr = self._optimizer.param_groups[0]["lr"]  # a scheduler will have changed it when the epoch is saved
+        self._epoch_start = time.monotonic()
+
+    def _export(self, checkpoint):
+        """The files that people read, from the checkpoint."""
+        history, best = checkpoint["history"], checkpoint["best"]
+        table = io.StringIO()
+        writer = csv.DictWriter(table, history[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        device = next(self._model.parameters()).device
+        summary = {
+            "name": self.name,
+            "data": self.data,
+            "hyperparameters": self.hyperparameters,
+            "epochs_done": len(history),
+            "last_test_accuracy_percent": history[-1]["test_acc"],
+            "best_test_accuracy_percent": best["test_acc"],
+            "best_epoch": best["epoch"],
+            "training_seconds": round(sum(row["seconds"] for row in history), 1),
+            "saved": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "threads": torch.get_num_threads(),
+            "platform": platform.platform(),
+            "versions": {"python": platform.python_version()}
+            | {package: version(package) for package in ("torch", "torchvision", "albumentations", "numpy")},
+        }
+        write_atomically(self / "history.csv", table.getvalue().encode())
+        write_atomically(self / "run.json", (json.dumps(summary, indent=2) + "\n").encode())
+        write_atomically(self / "last.pt", _serialized(checkpoint["model"]))
+        write_atomically(self / "best.pt", _serialized(best["weights"]))
+
+    def _refuse_other_run(self, checkpoint):
+        saved, given = checkpoint["hyperparameters"], self.hyperparameters
+        differences = [
+            f"{key} was {saved.get(key)!r} and is {given.get(key)!r}"
+            for key in sorted(saved.keys() | given.keys())
+            if key not in MAY_CHANGE and saved.get(key) != given.get(key)
+        ]
+        shapes = {name: tuple(value.shape) for name, value in checkpoint["model"].items()}
+        now = {name: tuple(value.shape) for name, value in self._model.state_dict().items()}
+        differences += [
+            f"{name} of the network was {shapes.get(name, 'absent')} and is {now.get(name, 'absent')}"
+            for name in sorted(shapes.keys() | now.keys())
+            if shapes.get(name) != now.get(name)
+        ]
+        if differences:
+            more = f", and {len(differences) - 5} more differences" if len(differences) > 5 else ""
+            raise ValueError(
+                f"the checkpoint in {self.folder} is of another run: {'; '.join(differences[:5])}{more}. To start "
+                f"afresh, choose another RUN_NAME or delete {self.folder}; to go on, put the old values back"
+            )
+
+
+def _serialized(value):
+    """What torch.save writes, in memory, so that a full disk is an ordinary OSError of one write."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _random_state():
+    """States of every generator that training draws from, in types that `weights_only` loads."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+        "numpy": (name, keys.tolist(), position, has_gauss, gauss),
+        "python": random.getstate(),
+    }
+
+
+def _set_random_state(state):
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state(tuple(state["numpy"]))
+    random.setstate(tuple(tuple(part) if isinstance(part, list) else part for part in state["python"]))

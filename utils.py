@@ -1,0 +1,547 @@
+"""What the S9 notebook does around the network: data, transforms, loaders, training and testing, plots - in that order.
+
+A batch goes from file to loss through `datasets.load_images` (files to one array), `ImageBatches` (array to augmented,
+normalised batch) and `train` (batch to loss). The network itself is in `models.py`, and neither file knows the other.
+"""
+
+import ctypes
+import functools
+import inspect
+import io
+import math
+import os
+import pathlib
+import time
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import nn, optim
+from torch.utils.data import DataLoader, RandomSampler
+from tqdm.auto import tqdm
+
+from augment import A, ImageBatches, SeededSampler, ShiftScaleRotate, ToTensorV2, as_batch, collate_samples
+from datasets import CIFAR10_MEAN, CIFAR10_STD, load_images
+from predict import predict
+from runs import Run, load_weights, seed_everything, write_atomically
+
+__all__ = [
+    "CIFAR10_MEAN",
+    "CIFAR10_STD",
+    "GetCorrectPredCount",
+    "Run",
+    "autocast_dtype",
+    "get_CIFARdataset_with_loader",
+    "get_image_from_tensor",
+    "get_loss",
+    "get_optimizer",
+    "get_scheduler",
+    "get_test_transforms",
+    "get_train_transforms",
+    "load_weights",
+    "optim",
+    "post_accuracyplots",
+    "post_augmentations",
+    "post_confusion_matrix",
+    "post_display",
+    "post_misclassified",
+    "post_receptive_field",
+    "predict",
+    "seed_everything",
+    "test",
+    "train",
+]
+
+# --- Data and transforms ---------------------------------------------------------------------------------------------
+
+
+def get_train_transforms():
+    """The augmentations of the original run: an `albumentations.Compose` from uint8 (H, W, 3) to float32 (3, H, W)."""
+    return A.Compose(
+        [
+            A.HorizontalFlip(p=0.1),
+            ShiftScaleRotate(shift_limit=0.1, scale_limit=0.2, rotate_limit=15, p=0.1),
+            A.CoarseDropout(
+                num_holes_range=(1, 1),
+                hole_height_range=(16, 16),
+                hole_width_range=(16, 16),
+                fill=tuple(round(255 * mean) for mean in CIFAR10_MEAN),
+                p=0.3,
+            ),
+            A.Normalize(CIFAR10_MEAN, CIFAR10_STD),
+            ToTensorV2(),
+        ]
+    )
+
+
+def get_test_transforms():
+    """Normalisation only: an `albumentations.Compose` from uint8 (H, W, 3) to float32 (3, H, W)."""
+    return A.Compose([A.Normalize(CIFAR10_MEAN, CIFAR10_STD), ToTensorV2()])
+
+
+# --- Loaders ---------------------------------------------------------------------------------------------------------
+
+
+def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", root=None, transforms=None):
+    """Load one split and wrap it in a `DataLoader`.
+
+    Args:
+        datasettype: "train" (augmented, shuffled unless kwargs say otherwise) or "test" (neither, unless asked to).
+        kwargs: `DataLoader` keyword arguments, such as batch_size, shuffle, num_workers, pin_memory. By default there
+            are workers only where a GPU would otherwise wait for data; more workers than cores are not started.
+        dataset: "cifar10", or "digits" for scikit-learn's handwritten digits, which need no download.
+        root: where `datasets.load_images` looks; by default the environment variable CIFAR10_ROOT, else ./data.
+        transforms: an `albumentations.Compose` in place of `get_train_transforms()` or `get_test_transforms()`.
+
+    Returns:
+        (class_to_idx, loader): {class name: label}, and a loader of (images float32 (N, 3, 32, 32) normalised, in
+        channels_last memory; labels int64 (N,)).
+
+    Raises:
+        ValueError, TypeError: an unknown split, data set or keyword; images that cannot be used.
+        download.DownloadError: no images at hand, and no source of the archive works.
+    """
+    if transforms is None:
+        transforms = get_train_transforms() if datasettype == "train" else get_test_transforms()
+    elif not isinstance(transforms, (A.BaseCompose, A.BasicTransform)):
+        raise TypeError(f"transforms is a {type(transforms).__name__}; it must be an albumentations.Compose")
+    data = ImageBatches(load_images(dataset, datasettype, root), transforms)
+
+    options = dict(kwargs or {})
+    cuda = torch.cuda.is_available()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    options["num_workers"] = min(options.get("num_workers", 4 if cuda else 0), cores)
+    options["pin_memory"] = bool(options.get("pin_memory", cuda)) and cuda  # without a GPU it only warns
+    if options["num_workers"] > 0:
+        options.setdefault("persistent_workers", True)
+    if collate_fn := options.get("collate_fn"):
+        options["collate_fn"] = functools.partial(collate_samples, collate_fn)
+    else:
+        options["collate_fn"] = as_batch
+
+    generator = options.get("generator")
+    shuffle = options.pop("shuffle", None)
+    if batch_sampler := options.get("batch_sampler"):
+        options["batch_sampler"] = SeededSampler(batch_sampler, generator)
+    else:
+        sampler = options.get("sampler")
+        if sampler is None:
+            random = datasettype == "train" if shuffle is None else shuffle
+            sampler = RandomSampler(data, generator=generator) if random else range(len(data))
+        elif shuffle:
+            raise ValueError("kwargs give both a sampler and shuffle=True; give one of them")
+        options["sampler"] = SeededSampler(sampler, generator)
+    class_to_idx = {name: index for index, name in enumerate(data.classes)}
+    return class_to_idx, DataLoader(data, **options)
+
+
+# --- Training and testing --------------------------------------------------------------------------------------------
+
+
+def _named(name, what, choices):
+    """choices[name], or an error that lists them."""
+    if name not in choices:
+        raise ValueError(f"unknown {what} {name!r}; there is {', '.join(sorted(choices))}")
+    return choices[name]
+
+
+def _classes(module, base):
+    """The public classes of a torch module, by name: every optimizer, every scheduler."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, base) and value is not base and not name.startswith("_")
+    }
+
+
+def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, **options):
+    """Any optimizer of `torch.optim` by name; momentum goes to those that take one, options to all.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    optimizer = _named(name, "optimizer", _classes(optim, optim.Optimizer))
+    if "momentum" in inspect.signature(optimizer).parameters:
+        options["momentum"] = momentum
+    return optimizer(model.parameters(), lr=lr, **options)
+
+
+def get_scheduler(optimizer, step_size=10, gamma=0.1, name="StepLR", **options):
+    """A scheduler of `torch.optim.lr_scheduler` by name; step_size and gamma are StepLR's, options go to the others.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    base = optim.lr_scheduler.LRScheduler
+    scheduler = _named(name, "scheduler", _classes(optim.lr_scheduler, base))
+    if name == "StepLR":
+        options.update(step_size=step_size, gamma=gamma)
+    return scheduler(optimizer, **options)
+
+
+def get_loss(name="nll_loss", **options):
+    """A loss, the mean over a batch: "nll_loss" for the log-probabilities that Model returns, or "cross_entropy".
+
+    Raises:
+        ValueError: unknown name.
+    """
+    return _named(name, "loss", {"nll_loss": nn.NLLLoss, "cross_entropy": nn.CrossEntropyLoss})(**options)
+
+
+def GetCorrectPredCount(pPrediction, pLabels):
+    """Number of correct predictions, an int.
+
+    Args:
+        pPrediction: class indices (N,), or scores (N, classes), of which the largest counts.
+        pLabels: class indices (N,).
+    """
+    if pPrediction.ndim == pLabels.ndim + 1:
+        pPrediction = pPrediction.argmax(dim=1)
+    if pPrediction.shape != pLabels.shape:
+        raise ValueError(
+            f"GetCorrectPredCount got predictions of shape {tuple(pPrediction.shape)} for labels of shape "
+            f"{tuple(pLabels.shape)}; it takes class indices (N,) or scores (N, classes), and labels (N,)"
+        )
+    return pPrediction.eq(pLabels).sum().item()
+
+
+def autocast_dtype(device):
+    """The type to compute in: bfloat16 where the device multiplies it natively, float16 on older GPUs, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "cpu" and _cpu_has_bfloat16():
+        return torch.bfloat16
+    return torch.float32
+
+
+@functools.cache
+def _cpu_has_bfloat16():
+    """Whether the CPU has bfloat16 dot products (AVX512-BF16, AMX); emulated ones are slower than float32."""
+    try:
+        with open("/proc/cpuinfo") as cpuinfo:
+            flags = next((line.split() for line in cpuinfo if line.startswith("flags")), [])
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+class Tally:
+    """Running loss and accuracy of one epoch. They stay on the device, because to read them is to wait for it."""
+
+    def __init__(self, what, bar):
+        self.what, self.bar = what, bar
+        self.losses, self.sizes, self.correct = [], [], 0
+        self.last_shown = time.monotonic()
+
+    def add(self, loss, scores, labels):
+        self.losses.append(loss.detach())
+        self.sizes.append(len(labels))
+        self.correct += (scores.detach().argmax(dim=1) == labels).sum()
+        if time.monotonic() - self.last_shown > 0.5:
+            self.bar.set_postfix_str("loss {:.4f}, accuracy {:.2f} %".format(*self.read()), refresh=False)
+            self.last_shown = time.monotonic()
+
+    def read(self):
+        """(mean loss per sample, accuracy in %) so far."""
+        if not self.losses:
+            raise ValueError(f"{self.what}: the loader is empty; it gave no batch")
+        losses = torch.stack(self.losses).tolist()
+        for batch, loss in enumerate(losses, start=1):
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"{self.what}, batch {batch}: the loss is {loss}, and the weights are lost. Go on from the last "
+                    "checkpoint, with a smaller learning rate, or look for non-finite values in the data"
+                )
+        seen = sum(self.sizes)
+        mean_loss = sum(loss * size for loss, size in zip(losses, self.sizes)) / seen
+        return mean_loss, 100 * int(self.correct) / seen
+
+
+def _forward(model, device, images, labels, criterion):
+    """Loss and float32 scores of one batch, computed in the type that suits the device."""
+    if images.ndim != 4:
+        raise ValueError(f"the loader gave images of shape {tuple(images.shape)}; a batch is (N, channels, H, W)")
+    images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+    labels_on_device = labels.to(device, non_blocking=True)
+    dtype = autocast_dtype(device)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        scores = model(images)
+    if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < scores.shape[1]:
+        raise ValueError(
+            f"the loader gave labels from {int(labels.min())} to {int(labels.max())}; the model has {scores.shape[1]} "
+            f"classes, so labels go from 0 to {scores.shape[1] - 1}"
+        )
+    scores = scores.float()
+    return criterion(scores, labels_on_device), scores, labels_on_device
+
+
+def _prepare(model, device):
+    """The model in channels_last memory, and the device as torch.device; they must agree."""
+    device = torch.device(device)
+    parameter = next(model.parameters(), None)
+    if parameter is not None and parameter.device.type != device.type:
+        raise ValueError(
+            f"the model is on {parameter.device} and the device given is {device}; move one: model.to({str(device)!r})"
+        )
+    if device.type == "cpu":
+        _keep_freed_memory()
+    return model.to(memory_format=torch.channels_last), device
+
+
+@functools.cache
+def _keep_freed_memory():
+    """Tell glibc to reuse the memory of freed tensors; else it returns large ones, and every step zeroes new pages."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        pass  # another C library, which has its own way
+
+
+def _progress_bar(loader, description):
+    """A bar in a notebook or a terminal; none in a log file, or where tqdm's own switch TQDM_DISABLE is set."""
+    off = True if os.environ.get("TQDM_DISABLE") else None  # None leaves it to whether there is a terminal
+    return tqdm(loader, desc=description, unit="batch", leave=False, disable=off)
+
+
+def _report(epoch, split, loss, accuracy, seconds, loader):
+    data = getattr(loader.dataset, "name", type(loader.dataset).__name__)
+    print(f"{epoch:>8}  {split:5}  loss {loss:.4f}  accuracy {accuracy:5.2f} %  {seconds:6.1f} s  [{data}]", flush=True)
+
+
+def train(model, device, train_loader, optimizer, criterion, train_losses, train_acc):
+    """Train for one epoch and append its mean loss per sample and its accuracy in % to the two lists.
+
+    Computes in `autocast_dtype(device)`; prints a line, and shows a progress bar in a notebook or a terminal.
+
+    Raises:
+        ValueError: an empty loader, labels that the model has no class for, a model on another device.
+        FloatingPointError: a loss that is not finite; names the epoch and the batch.
+    """
+    model, device = _prepare(model, device)
+    model.train()
+    epoch = f"epoch {len(train_losses) + 1}"
+    # float16 gradients of a mean loss underflow unless they are scaled up.
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=autocast_dtype(device) == torch.float16)
+    start = time.perf_counter()
+    with _progress_bar(train_loader, epoch) as bar:
+        tally = Tally(epoch, bar)
+        for images, labels in bar:
+            optimizer.zero_grad()
+            loss, scores, labels = _forward(model, device, images, labels, criterion)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            tally.add(loss, scores, labels)
+        mean_loss, accuracy = tally.read()
+    train_losses.append(mean_loss)
+    train_acc.append(accuracy)
+    _report(epoch, "train", mean_loss, accuracy, time.perf_counter() - start, train_loader)
+
+
+class Misclassified(NamedTuple):
+    """A sample that the model got wrong: normalised image float32 (3, H, W) on the CPU, and two class indices."""
+
+    image: torch.Tensor
+    true: int
+    predicted: int
+
+
+@torch.no_grad()
+def test(model, device, test_loader, criterion, test_losses, test_acc):
+    """Evaluate without gradients and append the mean loss per sample and the accuracy in % to the two lists.
+
+    Returns:
+        The misclassified samples, a list of (image, true, predicted), in the loader's order.
+
+    Raises:
+        As `train` does.
+    """
+    model, device = _prepare(model, device)
+    model.eval()
+    wrong = []
+    start = time.perf_counter()
+    with _progress_bar(test_loader, "test") as bar:
+        tally = Tally("test", bar)
+        for images, labels in bar:
+            loss, scores, labels_on_device = _forward(model, device, images, labels, criterion)
+            tally.add(loss, scores, labels_on_device)
+            predictions = scores.argmax(dim=1).to(labels.device)
+            (indices,) = torch.nonzero(predictions != labels, as_tuple=True)
+            wrong += map(Misclassified, images[indices].cpu(), labels[indices].tolist(), predictions[indices].tolist())
+        mean_loss, accuracy = tally.read()
+    test_losses.append(mean_loss)
+    test_acc.append(accuracy)
+    _report("", "test", mean_loss, accuracy, time.perf_counter() - start, test_loader)
+    return wrong
+
+
+# --- Plots -----------------------------------------------------------------------------------------------------------
+# Each returns its Figure, and saves it when given a path.
+
+
+def get_image_from_tensor(img):
+    """A normalised image, float (3, H, W) on any device, as a uint8 array (H, W, 3); the input is left as it is."""
+    pixels = img.detach().cpu().float().numpy().transpose(1, 2, 0) * CIFAR10_STD + CIFAR10_MEAN
+    return (pixels * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def _finished(figure, path):
+    if path is not None:
+        path, image = pathlib.Path(path), io.BytesIO()
+        figure.savefig(image, format=path.suffix.lstrip(".") or "png", dpi=120)
+        write_atomically(path, image.getvalue())
+    return figure
+
+
+def _image_grid(images, titles, heading, rows, columns):
+    figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.1 * rows + 0.5), layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, title in zip(axes.flat, images, titles):
+        axis.imshow(image)
+        axis.set_title(title, fontsize=9)
+    figure.suptitle(heading)
+    return figure
+
+
+def _class_names(label_map):
+    """Class names in the order of their labels, from {name: label}."""
+    return sorted(label_map, key=label_map.get)
+
+
+def post_display(train_loader, label_map, path=None):
+    """16 training samples, as the network sees them, with their labels; label_map is {class name: label}."""
+    classes = _class_names(label_map)
+    images, labels = next(iter(train_loader))
+    pictures = [get_image_from_tensor(image) for image in images[:16]]
+    titles = [classes[label] for label in labels[:16].tolist()]
+    heading = f"Training samples, augmented: {getattr(train_loader.dataset, 'name', '')}"
+    return _finished(_image_grid(pictures, titles, heading, 4, 4), path)
+
+
+def post_augmentations(train_loader, index=0, path=None):
+    """One training image under sixteen draws of its augmentations."""
+    data = train_loader.dataset
+    draws = [get_image_from_tensor(data[index][0]) for _ in range(16)]
+    titles = [f"draw {number}" for number in range(1, 17)]
+    heading = f"One image of class {data.classes[data.labels[index]]} under the training transforms: {data.name}"
+    return _finished(_image_grid(draws, titles, heading, 4, 4), path)
+
+
+def post_accuracyplots(train_losses, test_losses, train_acc, test_acc, title="", path=None):
+    """2x2 curves: train and test loss (mean per sample), train and test accuracy (%), the best test epoch marked."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", sharex=True, sharey="row")
+    best = int(np.argmax(test_acc))
+    curves = [
+        ("Training loss", "negative log-likelihood per sample (nats)", train_losses, "tab:blue"),
+        ("Test loss", "negative log-likelihood per sample (nats)", test_losses, "tab:orange"),
+        ("Training accuracy", "accuracy (%)", train_acc, "tab:blue"),
+        ("Test accuracy", "accuracy (%)", test_acc, "tab:orange"),
+    ]
+    for axis, (name, unit, values, color) in zip(axes.flat, curves):
+        axis.plot(range(1, len(values) + 1), values, color=color, marker="." if len(values) < 30 else None)
+        axis.set(title=name, xlabel="epoch", ylabel=unit)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        if name.startswith("Test"):
+            label = f"best test epoch: {best + 1}, {test_acc[best]:.2f} %"
+            axis.plot(best + 1, values[best], "o", color="black", markersize=5, label=label)
+            axis.legend()
+    figure.suptitle(title)
+    return _finished(figure, path)
+
+
+@torch.no_grad()
+def post_misclassified(misclassified, label_map, model, title="", path=None):
+    """The first 20 samples that `test` returned as wrong, with true and predicted class and the model's confidence."""
+    shown, classes = misclassified[:20], _class_names(label_map)
+    confidences = []
+    if shown:
+        images = torch.stack([sample[0] for sample in shown]).to(next(model.parameters()).device)
+        confidences = model.eval()(images).float().softmax(dim=1).amax(dim=1).tolist()
+    titles = [
+        f"{classes[predicted]} ({confidence:.0%})\ntrue: {classes[true]}"
+        for (_, true, predicted), confidence in zip(shown, confidences)
+    ]
+    heading = f"{len(misclassified):,} misclassified test images, the first {len(shown)}: {title}"
+    return _finished(_image_grid([get_image_from_tensor(s[0]) for s in shown], titles, heading, 4, 5), path)
+
+
+def post_confusion_matrix(misclassified, test_loader, label_map, title="", path=None):
+    """Counts of true class (row) against predicted class (column) in a test, with the accuracy of each class."""
+    classes = _class_names(label_map)
+    wrong = np.zeros((len(classes), len(classes)), dtype=int)
+    for _, true, predicted in misclassified:
+        wrong[true, predicted] += 1
+    totals = np.bincount(test_loader.dataset.labels, minlength=len(classes))
+    matrix = wrong + np.diag(totals - wrong.sum(axis=1))
+    share = matrix / np.maximum(totals, 1)[:, None]
+    figure, axis = plt.subplots(figsize=(8.5, 7.5), layout="constrained")
+    image = axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(matrix):
+        axis.text(column, row, count, ha="center", va="center", color="white" if share[row, column] > 0.5 else "black")
+    accuracies = [f"{name}  {100 * share[label, label]:.1f} %" for label, name in enumerate(classes)]
+    axis.set_yticks(range(len(classes)), accuracies)
+    axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axis.set(xlabel="predicted class", ylabel="true class and its accuracy")
+    axis.set_title(f"Confusion matrix, accuracy {100 * np.trace(matrix) / matrix.sum():.2f} %\n{title}")
+    figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8)
+    return _finished(figure, path)
+
+
+def post_receptive_field(model, rows, images=None, path=None):
+    """What an output sees: the theoretical receptive field layer by layer, and beside it the effective one.
+
+    Args:
+        model: the network; it is put into evaluation mode.
+        rows: what `models.receptive_field(model)` returned.
+        images: batch (N, 3, H, W) to average over, on the model's device; by default noise of a size that holds the
+            whole theoretical field. The effective field is the mean absolute gradient of the centre output of the last
+            layer before global pooling with respect to the input (Luo et al., NeurIPS 2016).
+    """
+    rows = [row for row in rows if row.receptive_field is not None]
+    last = dict(model.named_modules())[rows[-1].name]
+    parameter = next(model.parameters())
+    if images is None:
+        side = rows[-1].receptive_field + 2 * rows[-1].jump + 1
+        images = torch.randn(8, 3, side, side, generator=torch.Generator().manual_seed(0)).to(parameter.device)
+    images = images.detach().clone().requires_grad_()
+    outputs = []
+    hook = last.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    try:
+        model.eval()(images)
+    finally:
+        hook.remove()
+    (output,) = outputs
+    centre = output.shape[-1] // 2
+    # A random sign for each channel, or the channels would cancel out.
+    signs = torch.randint(0, 2, output.shape[1:2], generator=torch.Generator().manual_seed(0)).mul(2).sub(1)
+    (gradient,) = torch.autograd.grad((output[:, :, centre, centre] * signs.to(output)).sum(), images)
+    field = gradient.abs().mean(dim=(0, 1)).cpu().numpy()
+
+    figure, (growth, effective) = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    growth.barh(range(len(rows)), [row.receptive_field for row in rows], color="tab:blue")
+    growth.set_yticks(range(len(rows)), [f"{row.name}  {row.kernel}x{row.kernel}" for row in rows], fontsize=8)
+    for position, row in enumerate(rows):
+        growth.text(row.receptive_field + 1, position, row.receptive_field, va="center", fontsize=8)
+    growth.invert_yaxis()
+    growth.set(xlabel="receptive field (pixels)", title="Theoretical receptive field, layer by layer")
+
+    shown = effective.imshow(field / field.max(), cmap="magma")
+    figure.colorbar(shown, ax=effective, label="mean absolute gradient (largest = 1)")
+    ys, xs = np.nonzero(field)
+    effective.add_patch(
+        plt.Rectangle(
+            (xs.min() - 0.5, ys.min() - 0.5), xs.max() - xs.min() + 1, ys.max() - ys.min() + 1, fill=False, color="cyan"
+        )
+    )
+    effective.set(
+        xlabel="x (pixels)",
+        ylabel="y (pixels)",
+        title=f"Effective receptive field of the centre output of {rows[-1].name}\n"
+        f"extent {xs.max() - xs.min() + 1}x{ys.max() - ys.min() + 1} (box), theoretical {rows[-1].receptive_field}",
+    )
+    return _finished(figure, path)
