@@ -158,13 +158,13 @@ def receptive_field(model, input_size=32):
 
     x = torch.zeros(1, first.in_channels, input_size, input_size, device=first.weight.device, dtype=first.weight.dtype)
     x.requires_grad_()
-    calls = []  # (name, module, input side, output side) in the order of execution
+    calls = []  # (name, module, input shape, output shape) in the order of execution
     names = {module: name for name, module in model.named_modules()}
 
     def record(module, inputs, output):
         if not isinstance(output, torch.Tensor):
             raise ValueError(f"receptive_field cannot trace {names[module]!r}: it returns a {type(output).__name__}")
-        calls.append((names[module] or type(module).__name__, module, _side(inputs[0]), _side(output)))
+        calls.append((names[module] or type(module).__name__, module, inputs[0].shape, output.shape))
 
     leaves = [module for module in model.modules() if not any(True for _ in module.children())]
     hooks = [module.register_forward_hook(record) for module in leaves]
@@ -183,14 +183,15 @@ def receptive_field(model, input_size=32):
 
     rows = ReceptiveFieldTable()
     size, jump, field = input_size, 1, 1
-    for number, (name, module, side_in, side_out) in enumerate(calls, start=1):
+    for number, (name, module, shape_in, shape_out) in enumerate(calls, start=1):
+        side_in = _side(shape_in)
+        kernel, stride, padding, dilation, groups = _geometry(name, module, side_in)
         if side_in != size:
             raise ValueError(
                 f"receptive_field cannot trace what happens before {name!r}: the side changes from {size} to {side_in} "
                 "outside any module; write that step as a module (nn.MaxPool2d, not F.max_pool2d)"
             )
-        size = side_out
-        kernel, stride, padding, dilation, groups = _geometry(name, module, side_in)
+        size = _side(shape_out)
         if kernel is None:
             continue
         if isinstance(module, GLOBAL_POOLING) or jump is None:
@@ -248,13 +249,13 @@ def _geometry(name, module, side_in):
     )
 
 
-def _side(x):
-    """Side of the square image that x holds; 1 once it is flat."""
-    if x.ndim != 4:
+def _side(shape):
+    """Side of a square image (N, C, H, W); 1 once it is flat."""
+    if len(shape) != 4:
         return 1
-    if x.shape[-1] != x.shape[-2]:
-        raise ValueError(f"receptive_field traces square images; a layer gave shape {tuple(x.shape)}")
-    return x.shape[-1]
+    if shape[2] != shape[3]:
+        raise ValueError(f"receptive_field traces square images; a layer gave shape {tuple(shape)}")
+    return shape[3]
 
 
 def _check_chain(output):

@@ -132,6 +132,9 @@ def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", ro
         elif shuffle:
             raise ValueError("kwargs give both a sampler and shuffle=True; give one of them")
         options["sampler"] = SeededSampler(sampler, generator)
+    # DataLoader seeds its workers from this generator, once a loader or once an epoch depending on how they are kept.
+    # Left to torch's own generator, that would make the number of workers change everything drawn after it.
+    options.setdefault("generator", torch.Generator().manual_seed(torch.initial_seed()))
     class_to_idx = {name: index for index, name in enumerate(data.classes)}
     return class_to_idx, DataLoader(data, **options)
 

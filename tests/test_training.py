@@ -1,0 +1,225 @@
+"""train, test and the helpers: means against sums by hand, learning, and what they print."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import nn
+
+import utils
+from models import Model
+
+SIZES = [7, 5, 3]  # uneven batches: a mean over batches is not the mean over samples
+
+
+class Linear(nn.Module):
+    """Scores that float32 arithmetic can be followed by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3 * 8 * 8, 4)
+
+    def forward(self, x):
+        return F.log_softmax(self.layer(x.flatten(1)).float(), dim=1)
+
+
+@pytest.fixture
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(n, 3, 8, 8, generator=generator), torch.randint(0, 4, (n,), generator=generator)) for n in SIZES
+    ]
+
+
+@pytest.fixture
+def in_float32(monkeypatch):
+    monkeypatch.setattr(utils, "autocast_dtype", lambda device: torch.float32)
+
+
+def whole(batches):
+    images, labels = zip(*batches)
+    return torch.cat(images), torch.cat(labels)
+
+
+class Loader(list):
+    """The least that a loader is: batches, and a data set."""
+
+    dataset = ()
+
+
+def test_test_reports_means_per_sample(batches, in_float32):
+    torch.manual_seed(0)
+    model, losses, accuracies = Linear(), [], []
+    wrong = utils.test(model, "cpu", Loader(batches), utils.get_loss(), losses, accuracies)
+    images, labels = whole(batches)
+    with torch.no_grad():
+        scores = model(images)
+    predictions = scores.argmax(dim=1)
+    assert losses == [pytest.approx(float(F.nll_loss(scores, labels)), rel=1e-6)]
+    assert accuracies == [pytest.approx(100 * float((predictions == labels).float().mean()))]
+    expected = [i for i in range(len(labels)) if predictions[i] != labels[i]]
+    assert [(true, predicted) for _, true, predicted in wrong] == [
+        (int(labels[i]), int(predictions[i])) for i in expected
+    ]
+    assert all(torch.equal(sample[0], images[i]) for sample, i in zip(wrong, expected))
+
+
+def test_train_takes_the_steps_of_plain_sgd(batches, in_float32):
+    torch.manual_seed(0)
+    model, by_hand = Linear(), Linear()
+    by_hand.load_state_dict(model.state_dict())
+    losses, accuracies = [], []
+    optimizer = utils.get_optimizer(model, "SGD", lr=0.5, momentum=0.9)
+    velocity = [torch.zeros_like(p) for p in by_hand.parameters()]
+    total = correct = 0
+    for images, labels in batches * 2:
+        scores = by_hand(images)
+        loss = F.nll_loss(scores, labels)
+        gradients = torch.autograd.grad(loss, list(by_hand.parameters()))
+        with torch.no_grad():
+            for parameter, v, gradient in zip(by_hand.parameters(), velocity, gradients):
+                v.mul_(0.9).add_(gradient)
+                parameter -= 0.5 * v
+        total, correct = total + loss.item() * len(labels), correct + int((scores.argmax(1) == labels).sum())
+    utils.train(model, "cpu", Loader(batches * 2), optimizer, utils.get_loss(), losses, accuracies)
+    for ours, theirs in zip(model.parameters(), by_hand.parameters()):
+        torch.testing.assert_close(ours, theirs)
+    assert losses == [pytest.approx(total / 30, rel=1e-5)] and accuracies == [pytest.approx(100 * correct / 30)]
+
+
+def test_modes_gradients_and_lists(batches):
+    model, criterion = Linear(), utils.get_loss()
+    train_losses, train_acc, test_losses, test_acc = [9.0], [1.0], [], []
+    utils.train(model, "cpu", Loader(batches), utils.get_optimizer(model), criterion, train_losses, train_acc)
+    assert model.training and len(train_losses) == len(train_acc) == 2
+    model.zero_grad()
+    utils.test(model, torch.device("cpu"), Loader(batches), criterion, test_losses, test_acc)
+    assert not model.training and len(test_losses) == len(test_acc) == 1
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_prints_a_line_each_with_loss_accuracy_and_data_set(digits, capsys):
+    model = Model()
+    _, loader = utils.get_CIFARdataset_with_loader("test", {"batch_size": 180}, dataset="digits")
+    capsys.readouterr()
+    losses, accuracies = [], []
+    utils.train(model, "cpu", loader, utils.get_optimizer(model), utils.get_loss(), losses, accuracies)
+    utils.test(model, "cpu", loader, utils.get_loss(), losses, accuracies)
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert len(lines) == 2 and captured.err == ""  # no bar in a log file
+    assert "epoch 1  train" in lines[0] and "test" in lines[1]
+    for line, loss, accuracy in zip(lines, losses, accuracies):
+        assert f"loss {loss:.4f}" in line and f"{accuracy:.2f} %" in line and "digits (offline sample)" in line
+
+
+@pytest.mark.parametrize("position", [1, 3])
+def test_a_loss_that_is_not_finite_stops_the_run(batches, position):
+    batches[position - 1][0][0, 0, 0, 0] = math.nan
+    model, losses, accuracies = Linear(), [0.5, 0.4], [80.0, 82.0]
+    with pytest.raises(FloatingPointError, match=f"epoch 3, batch {position}: the loss is nan"):
+        utils.train(model, "cpu", Loader(batches), utils.get_optimizer(model), utils.get_loss(), losses, accuracies)
+    assert losses == [0.5, 0.4] and accuracies == [80.0, 82.0]
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_labels_out_of_range_are_refused(batches, label):
+    batches[1][1][2] = label
+    model = Linear()
+    with pytest.raises(ValueError, match=rf"labels from .*{label}.*0 to 3"):
+        utils.train(model, "cpu", Loader(batches), utils.get_optimizer(model), utils.get_loss(), [], [])
+    with pytest.raises(ValueError, match=rf"labels from .*{label}.*0 to 3"):
+        utils.test(model, "cpu", Loader(batches), utils.get_loss(), [], [])
+
+
+def test_empty_loader_and_wrong_device_are_refused():
+    model, losses = Linear(), []
+    with pytest.raises(ValueError, match="empty"):
+        utils.test(model, "cpu", Loader(), utils.get_loss(), losses, losses)
+    with pytest.raises(ValueError, match=r"model is on meta.*cpu.*model\.to"):
+        utils.test(model.to("meta"), "cpu", Loader(), utils.get_loss(), losses, losses)
+    assert losses == []
+
+
+labels_strategy = hnp.arrays(np.int64, st.integers(1, 50), elements=st.integers(0, 9))
+
+
+@given(labels_strategy, st.integers(0, 2**31))
+@settings(deadline=None, max_examples=50)
+def test_correct_count_of_indices_and_of_scores(labels, seed):
+    scores = np.random.default_rng(seed).normal(size=(len(labels), 10))
+    expected = int((scores.argmax(axis=1) == labels).sum())
+    assert utils.GetCorrectPredCount(torch.tensor(scores), torch.tensor(labels)) == expected
+    assert utils.GetCorrectPredCount(torch.tensor(scores.argmax(axis=1)), torch.tensor(labels)) == expected
+
+
+def test_optimizers_schedulers_and_losses_by_name():
+    model = Model()
+    sgd = utils.get_optimizer(model)
+    assert isinstance(sgd, utils.optim.SGD) and sgd.defaults["lr"] == 0.01 and sgd.defaults["momentum"] == 0.9
+    assert isinstance(utils.get_optimizer(model, "AdamW", lr=1e-3, weight_decay=0.1), torch.optim.AdamW)
+    scheduler = utils.get_scheduler(utils.get_optimizer(model, lr=0.2), step_size=5, gamma=0.75)
+    rates = []
+    for _ in range(11):
+        rates.append(scheduler.get_last_lr()[0])
+        scheduler.optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.2 * 0.75 ** (epoch // 5) for epoch in range(11)])
+    cosine = utils.get_scheduler(sgd, name="CosineAnnealingLR", T_max=10)
+    assert isinstance(cosine, torch.optim.lr_scheduler.CosineAnnealingLR)
+    scores, labels = torch.randn(6, 10).log_softmax(dim=1), torch.arange(6)
+    assert utils.get_loss()(scores, labels) == F.nll_loss(scores, labels)
+    torch.testing.assert_close(utils.get_loss("cross_entropy")(scores, labels), F.nll_loss(scores, labels))
+
+
+@pytest.mark.parametrize(
+    "call, listed",
+    [
+        (lambda: utils.get_optimizer(Model(), "SDG"), "SGD"),
+        (lambda: utils.get_scheduler(utils.get_optimizer(Model()), name="Step"), "StepLR"),
+        (lambda: utils.get_loss("nll"), "nll_loss"),
+        (lambda: utils.get_CIFARdataset_with_loader("train", {}, dataset="mnist"), "digits"),
+        (lambda: utils.get_CIFARdataset_with_loader("valid", {}, dataset="digits"), "test"),
+    ],
+)
+def test_unknown_names_list_what_there_is(call, listed):
+    with pytest.raises(ValueError, match=f"unknown .*{listed}"):
+        call()
+
+
+def learn(train_set_labels, epochs):
+    utils.seed_everything(0)
+    kwargs = {"batch_size": 64}
+    _, train_loader = utils.get_CIFARdataset_with_loader("train", kwargs, dataset="digits")
+    _, test_loader = utils.get_CIFARdataset_with_loader("test", kwargs, dataset="digits")
+    train_loader.dataset.labels = train_set_labels
+    model, accuracies = Model(dropout_value=0.05), []
+    optimizer = utils.get_optimizer(model, "SGD", lr=0.1, momentum=0.9)
+    scheduler = utils.get_scheduler(optimizer, step_size=1, gamma=0.75)
+    for _ in range(epochs):
+        utils.train(model, "cpu", train_loader, optimizer, utils.get_loss(), [], [])
+        scheduler.step()
+    utils.test(model, "cpu", test_loader, utils.get_loss(), [], accuracies)
+    return accuracies[0]
+
+
+def test_a_few_epochs_on_the_digits_reach_90_percent(digits):
+    assert learn(digits["train"].labels, epochs=6) > 90
+
+
+def test_shuffled_labels_teach_nothing(digits):
+    shuffled = np.random.default_rng(0).permutation(digits["train"].labels)
+    assert learn(shuffled, epochs=6) < 30
+
+
+def test_star_import_gives_the_names_of_the_contract():
+    names = {}
+    exec("from utils import *", names)
+    contract = """get_CIFARdataset_with_loader get_train_transforms get_test_transforms GetCorrectPredCount train test
+        get_optimizer get_scheduler get_loss post_display post_accuracyplots optim get_image_from_tensor"""
+    assert all(name in names for name in contract.split()) and names["optim"] is torch.optim
