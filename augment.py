@@ -7,7 +7,6 @@ from the pipeline's own state, which repeats itself in loader workers (Albumenta
 """
 
 import os
-from typing import NamedTuple
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or importing it asks the network for newer versions
 
@@ -87,7 +86,7 @@ def _firing(transform, images, rng):
 
 def _horizontal_flip(transform, images, rng):
     firing = _firing(transform, images, rng)
-    images[firing] = images[firing, :, ::-1]
+    images[firing] = images[firing][:, :, ::-1]
     return images
 
 
@@ -102,15 +101,14 @@ def _coarse_dropout(transform, images, rng):
     if isinstance(transform.fill, str) or transform.num_holes_range != (1, 1) or transform.hole_height_range[1] < 1:
         return _image_by_image(transform, images, rng)  # random or inpainted holes, several, or sizes in fractions
     firing = _firing(transform, images, rng)
-    edges = []
+    corners = []
     for side, (low, high) in zip(images.shape[1:3], (transform.hole_height_range, transform.hole_width_range)):
         length = rng.integers(int(low), min(int(high), side) + 1, len(firing))
         start = rng.integers(0, side - length + 1)
-        pixel = np.arange(side)
-        edges.append((start[:, None] <= pixel) & (pixel < (start + length)[:, None]))
-    rows, columns = edges
-    hole = rows[:, :, None, None] & columns[:, None, :, None]
-    images[firing] = np.where(hole, np.asarray(transform.fill, images.dtype), images[firing])
+        corners += [start, start + length]
+    fill = np.full_like(images[0], transform.fill)
+    for index, top, bottom, left, right in zip(firing, *corners):
+        images[index, top:bottom, left:right] = fill[top:bottom, left:right]
     return images
 
 
@@ -118,10 +116,12 @@ def _normalize(transform, images, rng):
     if transform.normalization != "standard" or transform.p < 1:
         return _image_by_image(transform, images, rng)
     n, height, width, channels = images.shape
-    rows = images.reshape(n * height, width * channels).astype(np.float32)  # long rows, so that numpy vectorises
-    rows -= np.tile(np.broadcast_to(transform.mean_np, channels), width)
-    rows *= np.tile(np.broadcast_to(transform.denominator, channels), width)
-    return rows.reshape(images.shape)
+    mean, denominator = (
+        torch.from_numpy(np.tile(np.broadcast_to(values, channels), width))  # as long as a row, to vectorise
+        for values in (transform.mean_np, transform.denominator)
+    )
+    rows = torch.from_numpy(images.reshape(n * height, width * channels)).float()
+    return rows.sub_(mean).mul_(denominator).numpy().reshape(images.shape)
 
 
 def _to_tensor(transform, images, rng):
@@ -179,25 +179,18 @@ class ImageBatches(Dataset):
         return images[0], int(labels[0])
 
     def __getitems__(self, keys):
-        if not isinstance(keys[0], SeededIndex):  # not from our sampler: somebody looks at single samples
+        if not isinstance(keys[0], tuple):  # not from SeededSampler: somebody looks at single samples
             seed = int(torch.empty((), dtype=torch.int64).random_())
-            keys = [SeededIndex(index, seed, position) for position, index in enumerate(keys)]
-        indices = [key.index for key in keys]
-        rng = np.random.default_rng((keys[0].seed, keys[0].position))
+            keys = [(index, seed, 0) for index in keys]
+        indices = [index for index, _, _ in keys]
+        _, seed, position = keys[0]
+        rng = np.random.default_rng((seed, position))
         images = augment_batch(self.transforms, self.images[indices], rng)
         return images, torch.from_numpy(self.labels[indices])
 
 
-class SeededIndex(NamedTuple):
-    """What the sampler hands the data set: which image, the seed of this epoch, and the place in it."""
-
-    index: int
-    seed: int
-    position: int
-
-
 class SeededSampler(Sampler):
-    """Adds to each index that another sampler yields the randomness of its augmentation, drawn anew every epoch.
+    """Yields (index, seed, position): what another sampler yields, a seed drawn anew every epoch, the place in it.
 
     The seed travels with the batch, so the augmentations follow `torch.manual_seed`, differ between epochs and batches,
     and are the same at any number of workers.
@@ -213,9 +206,9 @@ class SeededSampler(Sampler):
         seed = int(torch.empty((), dtype=torch.int64).random_(generator=self.generator))
         for position, item in enumerate(self.sampler):
             if isinstance(item, (list, tuple)):  # a batch sampler
-                yield [SeededIndex(int(index), seed, position) for index in item]
+                yield [(int(index), seed, position) for index in item]
             else:
-                yield SeededIndex(int(item), seed, position)
+                yield int(item), seed, position
 
 
 def as_batch(batch):
