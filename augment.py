@@ -73,6 +73,8 @@ def augment_batch(pipeline, images, rng):
     Raises:
         ValueError: the pipeline leaves images of different shapes, which do not make a batch.
     """
+    if images.ndim != 4:
+        raise ValueError(f"augment_batch got an array of shape {images.shape}; it takes a batch (N, H, W, 3)")
     plain = type(pipeline) is A.Compose and pipeline.p == 1
     for transform in pipeline.transforms if plain else [pipeline]:
         images = BATCHED.get(type(transform), _image_by_image)(transform, images, rng)

@@ -6,6 +6,7 @@
 Nothing here knows about tensors, loaders or augmentation.
 """
 
+import contextlib
 import hashlib
 import os
 from dataclasses import dataclass
@@ -71,6 +72,8 @@ def load_images(dataset: str, split: str, root: str | os.PathLike | None = None)
         raise ValueError(f"unknown dataset {dataset!r}: there is {' and '.join(map(repr, DATASETS))}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: there is {' and '.join(map(repr, SPLITS))}")
+    if not isinstance(root, (str, os.PathLike, type(None))):
+        raise TypeError(f"root is {root!r}; it must be the path of a folder")
     root = Path(root or os.environ.get("CIFAR10_ROOT") or "data").expanduser()
     if dataset == "digits":
         loaded = _load_digits(split)
@@ -181,6 +184,8 @@ def to_rgb(image: Image.Image, size: int = IMAGE_SIZE) -> np.ndarray:
     Transparency goes over white, 16-bit grey is scaled to 8 bits, a camera's rotation tag is applied, and another size
     is resized with antialiased bilinear (not cropped, so a picture that is not square is squeezed).
     """
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"image is a {type(image).__name__}; it must be a PIL image")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip at 255 instead of scaling
         image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) / 257).round().astype(np.uint8))
@@ -196,7 +201,11 @@ def to_rgb(image: Image.Image, size: int = IMAGE_SIZE) -> np.ndarray:
 def _read_cache(cache: Path, classes: tuple[str, ...], labels: np.ndarray, fingerprint: str) -> np.ndarray | None:
     """The images of a cache that belongs to this very listing, else None."""
     try:
-        with np.load(cache, allow_pickle=False) as stored, stored.zip.open("images.npy") as file:
+        with (
+            open(cache, "rb") as opened,  # np.load would leave it open when it is no archive
+            np.load(opened, allow_pickle=False) as stored,
+            stored.zip.open("images.npy") as file,
+        ):
             if str(stored["fingerprint"]) != fingerprint:
                 return None
             same = tuple(stored["classes"]) == classes and np.array_equal(stored["labels"], labels)
@@ -222,7 +231,8 @@ def _write_cache(cache: Path, **arrays: np.ndarray) -> None:
     except OSError as error:  # a read-only folder or a full disk
         print(f"not cached, so the next start decodes again: {error}")
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only folder refuses this too
+            temporary.unlink(missing_ok=True)
 
 
 # ---- the official batches --------------------------------------------------------------------------------------
@@ -241,10 +251,10 @@ def _load_official(root: Path, split: str) -> ImageSet:
         download.extract_archive(archive)
     try:
         data = CIFAR10(root, train=split == "train", download=False)  # checks MD5s before it opens the pickles
-    except RuntimeError as error:
+    except RuntimeError:
         damaged = f"{folder} is damaged (a file is missing or fails its MD5 check)"
         if not archive.is_file():
-            raise ValueError(f"{damaged}: delete it to have the archive downloaded, or put {archive} there") from error
+            raise ValueError(f"{damaged}: delete it to have the archive downloaded, or put {archive} there") from None
         aside = folder.rename(folder.with_name(f"{folder.name}.damaged-{uuid4().hex[:8]}"))
         print(f"{damaged}: moved to {aside.name}, unpacking {archive} anew")
         download.extract_archive(archive)

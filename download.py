@@ -211,7 +211,7 @@ def _extract(archive: Path, folder: Path) -> None:
             with tarfile.open(archive, "r:gz") as tar:
                 tar.extractall(temporary, filter="data")
         except tarfile.TarError as error:
-            raise DownloadError(f"{archive} cannot be unpacked: {error}") from error
+            raise DownloadError(f"{archive} cannot be unpacked: {error}") from None
         os.replace(Path(temporary) / FOLDER_NAME, folder)
 
 
@@ -251,7 +251,7 @@ def _disk_errors(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # the network's own never come this far: see _server_errors
-        raise DownloadError(f"CIFAR-10 needs {root} to be a writable folder with 0.4 GB free: {error}") from error
+        raise DownloadError(f"CIFAR-10 needs {root} to be a writable folder with 0.4 GB free: {error}") from None
 
 
 @contextlib.contextmanager
@@ -260,9 +260,9 @@ def _server_errors() -> Iterator[None]:
         yield
     except urllib.error.HTTPError as error:
         error.close()
-        raise _SourceError(f"HTTP {error.code} {' '.join(str(error.reason).split())}") from error
+        raise _SourceError(f"HTTP {error.code} {' '.join(str(error.reason).split())}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         if isinstance(reason, TimeoutError):
             reason = f"silent for {STALL_SECONDS} s"
-        raise _SourceError(str(reason) or type(error).__name__) from error
+        raise _SourceError(str(reason) or type(error).__name__) from None

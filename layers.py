@@ -20,8 +20,8 @@ class Conv2d(nn.Conv2d):
     """
 
     def forward(self, x):
-        depthwise = self.groups == self.in_channels < self.out_channels and self.padding_mode == "zeros"
-        if not depthwise or self.groups == 1 or x.device.type != "cpu" or x.ndim != 4:
+        depthwise = 1 < self.groups == self.in_channels < self.out_channels and self.padding_mode == "zeros"
+        if not depthwise or x.device.type != "cpu" or x.ndim != 4 or x.shape[1] != self.in_channels:
             return super().forward(x)
         # Repeated along the innermost axis of NHWC memory, so that the batch stays channels_last.
         repeats = self.out_channels // self.in_channels
@@ -35,6 +35,11 @@ class Dropout(nn.Dropout):
     The survivors between two dropped units follow a geometric distribution, so at p = 0.05 one draw serves twenty
     units. Follows `torch.manual_seed`: each call seeds its own generator with one draw from torch's.
     """
+
+    def __init__(self, p=0.5, inplace=False):
+        if not isinstance(p, (int, float)) or not 0 <= p <= 1:
+            raise ValueError(f"dropout probability is {p!r}; it must be a number from 0 to 1")
+        super().__init__(p, inplace)
 
     def forward(self, x):
         if self.training and 0 < self.p < 1 and not self.inplace and x.device.type == "cpu" and x.is_floating_point():

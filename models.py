@@ -74,10 +74,18 @@ class Model(nn.Module):
         self.classifier = Conv2d(52, 10, 1)
 
     def forward(self, x):
-        if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < MIN_INPUT_SIZE or not x.is_floating_point():
+        weight = self.classifier.weight
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"Model got a {type(x).__name__}; it takes a tensor of images (N, 3, H, W)")
+        if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < MIN_INPUT_SIZE:
             raise ValueError(
-                f"Model got {x.dtype} of shape {tuple(x.shape)}; it takes a floating-point batch of RGB images "
-                f"(N, 3, H, W) with H and W at least {MIN_INPUT_SIZE}, such as the loaders of utils.py yield"
+                f"Model got a tensor of shape {tuple(x.shape)}; it takes a batch of RGB images (N, 3, H, W) with H and "
+                f"W at least {MIN_INPUT_SIZE}, such as the loaders of utils.py yield"
+            )
+        if x.dtype != weight.dtype or x.device != weight.device:
+            raise ValueError(
+                f"Model got images in {x.dtype} on {x.device} and has weights in {weight.dtype} on {weight.device}; "
+                "bring one to the other, with images.to(...) or model.to(...)"
             )
         x = self.C1(x)
         x = self.C2(x)
@@ -150,6 +158,8 @@ def receptive_field(model, input_size=32):
     Raises:
         ValueError: the model branches, or holds a module or a step in between that cannot be traced.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"receptive_field got {model!r}; it takes a network, an instance of nn.Module")
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None:
         raise ValueError(f"{type(model).__name__} has no Conv2d; receptive_field traces convolutional networks")
@@ -174,12 +184,19 @@ def receptive_field(model, input_size=32):
         model.eval()
         with torch.enable_grad():
             output = torch.func.functional_call(model, constants, (x.clone(),))
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"receptive_field cannot run the model on an image of {input_size}x{input_size} pixels: {reason}"
+        ) from None
     finally:
         for hook in hooks:
             hook.remove()
         for module, training in modes:
             module.training = training
-    _check_chain(output)
+    if not isinstance(output, torch.Tensor):
+        raise ValueError(f"receptive_field cannot trace a model that returns a {type(output).__name__}")
+    layers_run = _check_chain(output)
 
     rows = ReceptiveFieldTable()
     size, jump, field = input_size, 1, 1
@@ -201,6 +218,11 @@ def receptive_field(model, input_size=32):
             jump *= stride
         summary_row = f"{type(module).__name__}-{number}"
         rows.append(ReceptiveFieldRow(name, summary_row, kernel, stride, padding, dilation, groups, size, jump, field))
+    if layers_run > len(rows):
+        raise ValueError(
+            f"receptive_field cannot trace a convolution or pooling outside any module: {layers_run} ran, and "
+            f"{len(rows)} are modules; write each as one (nn.MaxPool2d, not F.max_pool2d)"
+        )
     return rows
 
 
@@ -259,12 +281,14 @@ def _side(shape):
 
 
 def _check_chain(output):
-    """Walk back from the output to the input through autograd's graph; where two ways lead back, the model branches.
+    """Walk back from the output to the input through autograd's graph and count the convolutions and poolings.
 
-    The parameters took part as constants, so every node of the graph lies between the input and the output.
+    Where two ways lead back, the model branches. The parameters took part as constants, so every node of the graph
+    lies between the input and the output.
     """
-    node = output.grad_fn
+    node, layers_run = output.grad_fn, 0
     while node is not None:
+        layers_run += any(kind in node.name() for kind in ("Convolution", "MaxPool", "AvgPool"))
         parents = [parent for parent, _ in node.next_functions if parent is not None]
         if len(parents) > 1:
             raise ValueError(
@@ -272,3 +296,4 @@ def _check_chain(output):
                 "give it one branch at a time"
             )
         node = parents[0] if parents else None
+    return layers_run

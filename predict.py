@@ -4,16 +4,18 @@ model.load_state_dict(load_weights("runs/s9/best.pt"))
 predict(model, ["cat.jpg", "truck.png"])
 """
 
+import contextlib
 import os
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from datasets import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, to_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # not all of Pillow's: some of its readers start other programs
+PICTURE = "file name, a PIL image or a NumPy array"
 
 
 class Prediction(NamedTuple):
@@ -42,16 +44,17 @@ def predict(model, images, classes=CIFAR10_CLASSES):
     """
     if isinstance(images, (str, os.PathLike, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):
         images = [images]
+    elif not isinstance(images, (list, tuple, np.ndarray)):
+        raise TypeError(f"images is a {type(images).__name__}; give a picture ({PICTURE}) or a list of pictures")
     if not len(images):
         return []
-    pixels = np.stack([to_rgb(_as_pil(image, index)) for index, image in enumerate(images)])
+    pixels = np.stack([_as_rgb(image, f"images[{index}]") for index, image in enumerate(images)])
     normalised = (pixels.astype(np.float32) / 255 - np.float32(CIFAR10_MEAN)) / np.float32(CIFAR10_STD)
-    batch = torch.from_numpy(normalised).permute(0, 3, 1, 2).to(next(model.parameters()).device)
-    training = model.training
-    try:
-        scores = model.eval()(batch)
-    finally:
-        model.train(training)
+    device = next((parameter.device for parameter in model.parameters()), "cpu")
+    with evaluation_mode(model):
+        scores = model(torch.from_numpy(normalised).permute(0, 3, 1, 2).to(device))
+    if scores.isnan().any():
+        raise ValueError("the model's scores are nan; its weights are not finite, so load good ones")
     if scores.shape[1] != len(classes):
         raise ValueError(f"the model has {scores.shape[1]} outputs and {len(classes)} class names were given")
     return [
@@ -60,31 +63,43 @@ def predict(model, images, classes=CIFAR10_CLASSES):
     ]
 
 
-def _as_pil(image, index):
-    """One picture, in any of the forms that `predict` takes, as a PIL image."""
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, (str, os.PathLike)):
-        try:
-            with Image.open(image, formats=FORMATS) as opened:
-                opened.load()
-                return opened
-        except FileNotFoundError:
-            raise FileNotFoundError(f"images[{index}]: there is no file {image}") from None
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"images[{index}]: {image} is not a picture that can be read ({error})") from error
-    if not isinstance(image, np.ndarray):
-        raise TypeError(
-            f"images[{index}] is a {type(image).__name__}; a picture is a file name, a PIL image or a NumPy array"
-        )
+@contextlib.contextmanager
+def evaluation_mode(model):
+    """Dropout off and running statistics in use; afterwards every module is in the mode in which it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _as_rgb(image, name):
+    """One picture, in any of the forms that `predict` takes, as uint8 (32, 32, 3)."""
+    if isinstance(image, np.ndarray):
+        return to_rgb(_array_as_pil(image, name))
+    if not isinstance(image, (str, os.PathLike, Image.Image)):
+        raise TypeError(f"{name} is a {type(image).__name__}; a picture is a {PICTURE}")
+    try:
+        if isinstance(image, Image.Image):
+            return to_rgb(image)
+        with Image.open(image, formats=FORMATS) as opened:
+            return to_rgb(opened)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: there is no file {image}") from None
+    except Exception as error:  # a damaged file can make Pillow raise nearly anything
+        raise ValueError(f"{name}: {image} is not a picture that can be read ({error})") from None
+
+
+def _array_as_pil(image, name):
     pixels = image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
     if pixels.size == 0 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
-        raise ValueError(f"images[{index}] has shape {image.shape}; an array is (H, W) or (H, W, 1, 3 or 4)")
+        raise ValueError(f"{name} has shape {image.shape}; an array is (H, W) or (H, W, 1, 3 or 4)")
     if np.issubdtype(pixels.dtype, np.floating) and pixels.min() >= 0 and pixels.max() <= 1:  # false for NaN too
         pixels = (pixels * 255).round().astype(np.uint8)
     if pixels.dtype != np.uint8:
+        extent = f" from {image.min()} to {image.max()}" if np.issubdtype(image.dtype, np.number) else ""
         raise ValueError(
-            f"images[{index}] is {image.dtype} from {image.min()} to {image.max()}; an array is uint8 from 0 to 255 or "
-            "floating-point from 0 to 1"
+            f"{name} is {image.dtype}{extent}; an array is uint8 from 0 to 255 or floating-point from 0 to 1"
         )
     return Image.fromarray(np.ascontiguousarray(pixels))

@@ -11,11 +11,14 @@
 `run.json`, `last.pt` and `best.pt` are written from it, and written again when the run goes on.
 """
 
+import contextlib
 import csv
 import io
 import json
+import math
 import os
 import pathlib
+import pickle
 import platform
 import random
 import time
@@ -28,6 +31,7 @@ import numpy as np
 import torch
 
 COLUMNS = ("train_loss", "train_acc", "test_loss", "test_acc")
+CHECKPOINT = ("hyperparameters", "kinds", "model", "optimizer", "scheduler", "random", "history", "best")
 MAY_CHANGE = ("epochs",)  # hyperparameters that leave a checkpoint meaningful
 
 
@@ -59,31 +63,33 @@ def write_atomically(path, data):
         os.replace(partial, path)
     except OSError as error:
         reason = f"could not write {path}: {error.strerror}. What was there before is intact; make room and go on"
-        raise OSError(error.errno, reason) from error
+        raise OSError(error.errno, reason) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only disk refuses this too, and has had its error
+            partial.unlink(missing_ok=True)
 
 
 def load_weights(path):
     """Read a file of tensors that `torch.save` wrote, after a check of its checksums; no code in it is ever run.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or is not one of tensors.
+        OSError: the file cannot be read, or there is none.
+        ValueError: the file is damaged, or holds more than tensors and plain values.
     """
     try:
         with zipfile.ZipFile(path) as archive:  # torch itself does not check the CRCs
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"bad checksum of {damaged}")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no weights file {path}") from None
+    except OSError as error:
+        raise OSError(error.errno, f"cannot read the weights in {path}: {error.strerror}") from None
     except Exception as error:  # whatever zipfile, pickle and torch find wrong in arbitrary bytes
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        foreign = isinstance(error, pickle.UnpicklingError)  # torch's text advises to load it without protection
+        reason = "it holds more than tensors and plain values" if foreign else str(error).split("\n")[0]
         raise ValueError(
             f"{path} is damaged or is not a file of tensors written by torch.save ({reason}). Nothing was changed; "
             "put back a good copy, or delete it to start afresh"
-        ) from error
+        ) from None
 
 
 class Run:
@@ -101,9 +107,10 @@ class Run:
     """
 
     def __init__(self, name, data="", root="runs"):
-        if not name or pathlib.Path(name).name != name or name in (".", ".."):
+        if not isinstance(name, str) or not name.strip(".") or pathlib.Path(name).name != name or "\0" in name:
             raise ValueError(f"run name {name!r} must be a plain directory name, without separators")
         self.name, self.data = name, data
+        self._history = None  # resume sets it, and what it belongs to
         self.folder = pathlib.Path(root) / name
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +124,7 @@ class Run:
         except OSError as error:
             raise OSError(
                 error.errno, f"cannot keep a run in {self.folder}: {error.strerror}; it must be a writable directory"
-            ) from error
+            ) from None
         for leftover in self.folder.glob(".*.tmp"):
             leftover.unlink()
 
@@ -129,16 +136,24 @@ class Run:
         """Bring all three, and the random generators, to where the last complete epoch left them, if there was one.
 
         Args:
-            hyperparameters: what defines the run, {name: number, string or bool}. A run goes on only with the same
-                ones; "epochs" may differ.
+            hyperparameters: what defines the run, {name: number, string, bool or None}. A run goes on only with the
+                same ones; "epochs" may differ.
             model, optimizer, scheduler: new ones, made as at the run's start; `save` records them.
 
         Returns:
             (train_losses, train_acc, test_losses, test_acc): lists with an entry an epoch done, to append to.
 
         Raises:
-            ValueError: the checkpoint is damaged, or of another network or other hyperparameters; nothing is changed.
+            ValueError: the checkpoint is damaged, or of another network, optimizer or scheduler, or of other
+                hyperparameters; nothing is changed.
+            TypeError: hyperparameters that no checkpoint can hold, or arguments in another order.
         """
+        _check_hyperparameters(hyperparameters)
+        if not isinstance(model, torch.nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"resume got a {type(model).__name__} as model and a {type(optimizer).__name__} as optimizer; it takes "
+                "hyperparameters, model, optimizer and scheduler, in this order"
+            )
         self.hyperparameters = dict(hyperparameters)
         self._model, self._optimizer, self._scheduler = model, optimizer, scheduler
         self._history = []  # a dict an epoch: lr and seconds, beside COLUMNS
@@ -149,6 +164,12 @@ class Run:
             print(f"{self.folder}: a new run")
             return [], [], [], []
         checkpoint = load_weights(checkpoint_path)
+        missing = [key for key in CHECKPOINT if key not in checkpoint] if isinstance(checkpoint, dict) else CHECKPOINT
+        if missing or not checkpoint["history"]:
+            raise ValueError(
+                f"{checkpoint_path} is not a checkpoint of a run (no {missing[0] if missing else 'epoch'!r} in it); "
+                "nothing was changed. Put back a good copy, or delete it to start afresh"
+            )
         self._refuse_other_run(checkpoint)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -165,9 +186,12 @@ class Run:
         """Record the epoch that has just ended, the last entry of each list, and everything needed to go on from it.
 
         Raises:
-            ValueError: the lists are not one epoch longer than at the last save.
+            ValueError: the lists are not one epoch longer than at the last save, or end in what is no finite number.
+            RuntimeError: before `resume`.
             OSError: it could not be written; the last checkpoint is intact.
         """
+        if self._history is None:
+            raise RuntimeError("save before resume; resume says which model and hyperparameters the run is of")
         lists = (train_losses, train_acc, test_losses, test_acc)
         if {len(values) for values in lists} != {len(self._history) + 1}:
             raise ValueError(
@@ -175,7 +199,7 @@ class Run:
                 "are saved; it takes each list of resume with one entry appended"
             )
         row = {"epoch": len(self._history) + 1, "lr": self._lr}
-        row |= {column: values[-1] for column, values in zip(COLUMNS, lists)}
+        row |= {column: _finite(column, values[-1]) for column, values in zip(COLUMNS, lists)}
         row["seconds"] = round(time.monotonic() - self._epoch_start, 2)
         history = [*self._history, row]
         weights = {name: value.detach().cpu().clone() for name, value in self._model.state_dict().items()}
@@ -184,6 +208,7 @@ class Run:
             best = {"epoch": row["epoch"], "test_acc": row["test_acc"], "weights": weights}
         checkpoint = {
             "hyperparameters": self.hyperparameters,
+            "kinds": self._kinds(),
             "model": weights,
             "optimizer": self._optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict() if self._scheduler else None,
@@ -229,12 +254,25 @@ class Run:
         write_atomically(self / "last.pt", _serialized(checkpoint["model"]))
         write_atomically(self / "best.pt", _serialized(best["weights"]))
 
+    def _kinds(self):
+        """What the states of optimizer and scheduler fit."""
+        return {
+            "optimizer": type(self._optimizer).__name__,
+            "number of parameters of the optimizer": sum(len(g["params"]) for g in self._optimizer.param_groups),
+            "scheduler": type(self._scheduler).__name__ if self._scheduler else None,
+        }
+
     def _refuse_other_run(self, checkpoint):
         saved, given = checkpoint["hyperparameters"], self.hyperparameters
         differences = [
             f"{key} was {saved.get(key)!r} and is {given.get(key)!r}"
             for key in sorted(saved.keys() | given.keys())
             if key not in MAY_CHANGE and saved.get(key) != given.get(key)
+        ]
+        differences += [
+            f"the {what} was {checkpoint['kinds'].get(what)} and is {kind}"
+            for what, kind in self._kinds().items()
+            if checkpoint["kinds"].get(what) != kind
         ]
         shapes = {name: tuple(value.shape) for name, value in checkpoint["model"].items()}
         now = {name: tuple(value.shape) for name, value in self._model.state_dict().items()}
@@ -249,6 +287,24 @@ class Run:
                 f"the checkpoint in {self.folder} is of another run: {'; '.join(differences[:5])}{more}. To start "
                 f"afresh, choose another RUN_NAME or delete {self.folder}; to go on, put the old values back"
             )
+
+
+def _check_hyperparameters(hyperparameters):
+    if not isinstance(hyperparameters, dict):
+        raise TypeError(f"hyperparameters is a {type(hyperparameters).__name__}; it must be a dict")
+    for name, value in hyperparameters.items():
+        # A subclass, such as NumPy's float64, would be saved but not load again; NaN is not even equal to itself.
+        if type(value) not in (int, float, bool, str, type(None)) or value != value:
+            raise TypeError(
+                f"hyperparameter {name!r} is {value!r}, a {type(value).__name__}; it must be a number, string or bool "
+                "of Python, or None"
+            )
+
+
+def _finite(column, value):
+    if isinstance(value, str) or not math.isfinite(value):
+        raise ValueError(f"the last {column} is {value!r}; save records finite numbers")
+    return float(value)
 
 
 def _serialized(value):

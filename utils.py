@@ -4,9 +4,7 @@ A batch goes from file to loss through `datasets.load_images` (files to one arra
 normalised batch) and `train` (batch to loss). The network itself is in `models.py`, and neither file knows the other.
 """
 
-import ctypes
 import functools
-import inspect
 import io
 import math
 import os
@@ -17,13 +15,15 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from torch import nn, optim
+from torch import optim
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm.auto import tqdm
 
 from augment import A, ImageBatches, SeededSampler, ShiftScaleRotate, ToTensorV2, as_batch, collate_samples
 from datasets import CIFAR10_MEAN, CIFAR10_STD, load_images
-from predict import predict
+from devices import autocast_dtype, keep_freed_memory
+from optimization import get_loss, get_optimizer, get_scheduler
+from predict import evaluation_mode, predict
 from runs import Run, load_weights, seed_everything, write_atomically
 
 __all__ = [
@@ -102,13 +102,18 @@ def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", ro
         ValueError, TypeError: an unknown split, data set or keyword; images that cannot be used.
         download.DownloadError: no images at hand, and no source of the archive works.
     """
+    options = {} if kwargs is None else kwargs
+    if not isinstance(options, dict) or not isinstance(options.get("num_workers", 0), int):
+        raise TypeError(
+            f"kwargs is {kwargs!r}; it must be a dict of DataLoader arguments, such as {{'batch_size': 256}}"
+        )
+    options = dict(options)
     if transforms is None:
         transforms = get_train_transforms() if datasettype == "train" else get_test_transforms()
     elif not isinstance(transforms, (A.BaseCompose, A.BasicTransform)):
         raise TypeError(f"transforms is a {type(transforms).__name__}; it must be an albumentations.Compose")
     data = ImageBatches(load_images(dataset, datasettype, root), transforms)
 
-    options = dict(kwargs or {})
     cuda = torch.cuda.is_available()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     options["num_workers"] = min(options.get("num_workers", 4 if cuda else 0), cores)
@@ -122,6 +127,8 @@ def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", ro
 
     generator = options.get("generator")
     shuffle = options.pop("shuffle", None)
+    if shuffle and (options.get("sampler") or options.get("batch_sampler")):
+        raise ValueError("kwargs give shuffle=True beside a sampler or batch_sampler; give one of them")
     if batch_sampler := options.get("batch_sampler"):
         options["batch_sampler"] = SeededSampler(batch_sampler, generator)
     else:
@@ -129,67 +136,18 @@ def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", ro
         if sampler is None:
             random = datasettype == "train" if shuffle is None else shuffle
             sampler = RandomSampler(data, generator=generator) if random else range(len(data))
-        elif shuffle:
-            raise ValueError("kwargs give both a sampler and shuffle=True; give one of them")
         options["sampler"] = SeededSampler(sampler, generator)
     # DataLoader seeds its workers from this generator, once a loader or once an epoch depending on how they are kept.
     # Left to torch's own generator, that would make the number of workers change everything drawn after it.
     options.setdefault("generator", torch.Generator().manual_seed(torch.initial_seed()))
     class_to_idx = {name: index for index, name in enumerate(data.classes)}
-    return class_to_idx, DataLoader(data, **options)
+    try:
+        return class_to_idx, DataLoader(data, **options)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"kwargs {kwargs!r} do not suit a DataLoader: {error}") from None
 
 
 # --- Training and testing --------------------------------------------------------------------------------------------
-
-
-def _named(name, what, choices):
-    """choices[name], or an error that lists them."""
-    if name not in choices:
-        raise ValueError(f"unknown {what} {name!r}; there is {', '.join(sorted(choices))}")
-    return choices[name]
-
-
-def _classes(module, base):
-    """The public classes of a torch module, by name: every optimizer, every scheduler."""
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, base) and value is not base and not name.startswith("_")
-    }
-
-
-def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, **options):
-    """Any optimizer of `torch.optim` by name; momentum goes to those that take one, options to all.
-
-    Raises:
-        ValueError: unknown name.
-    """
-    optimizer = _named(name, "optimizer", _classes(optim, optim.Optimizer))
-    if "momentum" in inspect.signature(optimizer).parameters:
-        options["momentum"] = momentum
-    return optimizer(model.parameters(), lr=lr, **options)
-
-
-def get_scheduler(optimizer, step_size=10, gamma=0.1, name="StepLR", **options):
-    """A scheduler of `torch.optim.lr_scheduler` by name; step_size and gamma are StepLR's, options go to the others.
-
-    Raises:
-        ValueError: unknown name.
-    """
-    base = optim.lr_scheduler.LRScheduler
-    scheduler = _named(name, "scheduler", _classes(optim.lr_scheduler, base))
-    if name == "StepLR":
-        options.update(step_size=step_size, gamma=gamma)
-    return scheduler(optimizer, **options)
-
-
-def get_loss(name="nll_loss", **options):
-    """A loss, the mean over a batch: "nll_loss" for the log-probabilities that Model returns, or "cross_entropy".
-
-    Raises:
-        ValueError: unknown name.
-    """
-    return _named(name, "loss", {"nll_loss": nn.NLLLoss, "cross_entropy": nn.CrossEntropyLoss})(**options)
 
 
 def GetCorrectPredCount(pPrediction, pLabels):
@@ -199,34 +157,18 @@ def GetCorrectPredCount(pPrediction, pLabels):
         pPrediction: class indices (N,), or scores (N, classes), of which the largest counts.
         pLabels: class indices (N,).
     """
-    if pPrediction.ndim == pLabels.ndim + 1:
-        pPrediction = pPrediction.argmax(dim=1)
-    if pPrediction.shape != pLabels.shape:
+    if not (isinstance(pPrediction, torch.Tensor) and isinstance(pLabels, torch.Tensor)):
+        kinds = f"{type(pPrediction).__name__} and {type(pLabels).__name__}"
+        raise TypeError(f"GetCorrectPredCount got {kinds}; give tensors")
+    scores = pPrediction.ndim == 2 and pPrediction.shape[1] > 0
+    indices = pPrediction.argmax(dim=1) if scores else pPrediction
+    if pLabels.ndim != 1 or indices.shape != pLabels.shape or indices.device != pLabels.device:
         raise ValueError(
-            f"GetCorrectPredCount got predictions of shape {tuple(pPrediction.shape)} for labels of shape "
-            f"{tuple(pLabels.shape)}; it takes class indices (N,) or scores (N, classes), and labels (N,)"
+            f"GetCorrectPredCount got predictions of shape {tuple(pPrediction.shape)} on {pPrediction.device}, labels "
+            f"of shape {tuple(pLabels.shape)} on {pLabels.device}; it takes class indices (N,) or scores (N, classes) "
+            "and labels (N,) on the same device"
         )
-    return pPrediction.eq(pLabels).sum().item()
-
-
-def autocast_dtype(device):
-    """The type to compute in: bfloat16 where the device multiplies it natively, float16 on older GPUs, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if device.type == "cpu" and _cpu_has_bfloat16():
-        return torch.bfloat16
-    return torch.float32
-
-
-@functools.cache
-def _cpu_has_bfloat16():
-    """Whether the CPU has bfloat16 dot products (AVX512-BF16, AMX); emulated ones are slower than float32."""
-    try:
-        with open("/proc/cpuinfo") as cpuinfo:
-            flags = next((line.split() for line in cpuinfo if line.startswith("flags")), [])
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return indices.eq(pLabels).sum().item()
 
 
 class Tally:
@@ -253,8 +195,8 @@ class Tally:
         for batch, loss in enumerate(losses, start=1):
             if not math.isfinite(loss):
                 raise FloatingPointError(
-                    f"{self.what}, batch {batch}: the loss is {loss}, and the weights are lost. Go on from the last "
-                    "checkpoint, with a smaller learning rate, or look for non-finite values in the data"
+                    f"{self.what}, batch {batch}: the loss is {loss}. Look for non-finite values in data and weights; "
+                    "if training itself got there, go on from the last checkpoint with a smaller learning rate"
                 )
         seen = sum(self.sizes)
         mean_loss = sum(loss * size for loss, size in zip(losses, self.sizes)) / seen
@@ -262,11 +204,9 @@ class Tally:
 
 
 def _forward(model, device, images, labels, criterion):
-    """Loss and float32 scores of one batch, computed in the type that suits the device."""
-    if images.ndim != 4:
-        raise ValueError(f"the loader gave images of shape {tuple(images.shape)}; a batch is (N, channels, H, W)")
-    images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+    """Loss, float32 scores and labels of one batch, on the device and computed in the type that suits it."""
     labels_on_device = labels.to(device, non_blocking=True)
+    images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
     dtype = autocast_dtype(device)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         scores = model(images)
@@ -276,31 +216,41 @@ def _forward(model, device, images, labels, criterion):
             f"classes, so labels go from 0 to {scores.shape[1] - 1}"
         )
     scores = scores.float()
-    return criterion(scores, labels_on_device), scores, labels_on_device
+    loss = criterion(scores, labels_on_device)
+    if loss.ndim:
+        raise ValueError(
+            f"the criterion gave a loss of shape {tuple(loss.shape)}; it must be one number, the batch's mean"
+        )
+    return loss, scores, labels_on_device
 
 
-def _prepare(model, device):
+def _checked(batch):
+    """The batch itself, once it is what a loader should give."""
+    if not isinstance(batch, (tuple, list)) or [isinstance(part, torch.Tensor) for part in batch] != [True, True]:
+        kinds = [type(part).__name__ for part in batch] if isinstance(batch, (tuple, list)) else type(batch).__name__
+        raise TypeError(f"the loader gave {kinds}; a batch is a pair of tensors, images and labels")
+    images, labels = batch
+    if images.ndim != 4 or labels.dtype != torch.int64 or labels.shape != images.shape[:1] or not len(labels):
+        raise ValueError(
+            f"the loader gave images of shape {tuple(images.shape)} and {labels.dtype} labels of shape "
+            f"{tuple(labels.shape)}; a batch is images (N, channels, H, W) and int64 labels (N,), N at least 1"
+        )
+    return images, labels
+
+
+def _prepare(model, device, criterion):
     """The model in channels_last memory, and the device as torch.device; they must agree."""
     device = torch.device(device)
+    if not callable(criterion):
+        raise TypeError(f"criterion is {criterion!r}; it must be a loss function, such as get_loss() returns")
     parameter = next(model.parameters(), None)
     if parameter is not None and parameter.device.type != device.type:
         raise ValueError(
             f"the model is on {parameter.device} and the device given is {device}; move one: model.to({str(device)!r})"
         )
     if device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     return model.to(memory_format=torch.channels_last), device
-
-
-@functools.cache
-def _keep_freed_memory():
-    """Tell glibc to reuse the memory of freed tensors; else it returns large ones, and every step zeroes new pages."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    except (OSError, AttributeError):
-        pass  # another C library, which has its own way
 
 
 def _progress_bar(loader, description):
@@ -310,7 +260,7 @@ def _progress_bar(loader, description):
 
 
 def _report(epoch, split, loss, accuracy, seconds, loader):
-    data = getattr(loader.dataset, "name", type(loader.dataset).__name__)
+    data = getattr(getattr(loader, "dataset", loader), "name", type(loader).__name__)
     print(f"{epoch:>8}  {split:5}  loss {loss:.4f}  accuracy {accuracy:5.2f} %  {seconds:6.1f} s  [{data}]", flush=True)
 
 
@@ -323,15 +273,17 @@ def train(model, device, train_loader, optimizer, criterion, train_losses, train
         ValueError: an empty loader, labels that the model has no class for, a model on another device.
         FloatingPointError: a loss that is not finite; names the epoch and the batch.
     """
-    model, device = _prepare(model, device)
+    model, device = _prepare(model, device, criterion)
     model.train()
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("the model has no parameter that requires a gradient; unfreeze what is to be trained")
     epoch = f"epoch {len(train_losses) + 1}"
     # float16 gradients of a mean loss underflow unless they are scaled up.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=autocast_dtype(device) == torch.float16)
     start = time.perf_counter()
     with _progress_bar(train_loader, epoch) as bar:
         tally = Tally(epoch, bar)
-        for images, labels in bar:
+        for images, labels in map(_checked, bar):
             optimizer.zero_grad()
             loss, scores, labels = _forward(model, device, images, labels, criterion)
             scaler.scale(loss).backward()
@@ -362,13 +314,13 @@ def test(model, device, test_loader, criterion, test_losses, test_acc):
     Raises:
         As `train` does.
     """
-    model, device = _prepare(model, device)
+    model, device = _prepare(model, device, criterion)
     model.eval()
     wrong = []
     start = time.perf_counter()
     with _progress_bar(test_loader, "test") as bar:
         tally = Tally("test", bar)
-        for images, labels in bar:
+        for images, labels in map(_checked, bar):
             loss, scores, labels_on_device = _forward(model, device, images, labels, criterion)
             tally.add(loss, scores, labels_on_device)
             predictions = scores.argmax(dim=1).to(labels.device)
@@ -387,6 +339,14 @@ def test(model, device, test_loader, criterion, test_losses, test_acc):
 
 def get_image_from_tensor(img):
     """A normalised image, float (3, H, W) on any device, as a uint8 array (H, W, 3); the input is left as it is."""
+    if not isinstance(img, torch.Tensor):
+        raise TypeError(f"get_image_from_tensor got a {type(img).__name__}; it takes a tensor")
+    if img.ndim != 3 or len(img) != 3 or not img.is_floating_point() or not img.isfinite().all():
+        values = f", from {img.min()} to {img.max()}" if img.numel() else ""
+        raise ValueError(
+            f"get_image_from_tensor got {img.dtype} of shape {tuple(img.shape)}{values}; it takes a normalised image, "
+            "finite floats (3, H, W)"
+        )
     pixels = img.detach().cpu().float().numpy().transpose(1, 2, 0) * CIFAR10_STD + CIFAR10_MEAN
     return (pixels * 255).round().clip(0, 255).astype(np.uint8)
 
@@ -410,17 +370,24 @@ def _image_grid(images, titles, heading, rows, columns):
     return figure
 
 
-def _class_names(label_map):
-    """Class names in the order of their labels, from {name: label}."""
+def _class_names(label_map, labels):
+    """Class names in the order of their labels, from {name: label}, which must name the labels to be shown."""
+    if not isinstance(label_map, dict) or sorted(label_map.values()) != list(range(len(label_map))):
+        raise TypeError(f"label_map is {label_map!r}; it must be a dict of class name to label, from 0 up")
+    if labels and max(labels) >= len(label_map):
+        raise ValueError(f"label_map names {len(label_map)} classes and there are labels up to {max(labels)}")
     return sorted(label_map, key=label_map.get)
 
 
 def post_display(train_loader, label_map, path=None):
     """16 training samples, as the network sees them, with their labels; label_map is {class name: label}."""
-    classes = _class_names(label_map)
-    images, labels = next(iter(train_loader))
+    images, labels = next(iter(train_loader), (None, None))
+    if images is None:
+        raise ValueError("the loader is empty; it gave no batch to show")
+    labels = labels[:16].tolist()
+    classes = _class_names(label_map, labels)
     pictures = [get_image_from_tensor(image) for image in images[:16]]
-    titles = [classes[label] for label in labels[:16].tolist()]
+    titles = [classes[label] for label in labels]
     heading = f"Training samples, augmented: {getattr(train_loader.dataset, 'name', '')}"
     return _finished(_image_grid(pictures, titles, heading, 4, 4), path)
 
@@ -436,6 +403,11 @@ def post_augmentations(train_loader, index=0, path=None):
 
 def post_accuracyplots(train_losses, test_losses, train_acc, test_acc, title="", path=None):
     """2x2 curves: train and test loss (mean per sample), train and test accuracy (%), the best test epoch marked."""
+    lengths = [len(values) for values in (train_losses, test_losses, train_acc, test_acc)]
+    if len(set(lengths)) > 1 or not lengths[0]:
+        raise ValueError(
+            f"post_accuracyplots got lists of {lengths} epochs; they must be as long as each other, from 1"
+        )
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", sharex=True, sharey="row")
     best = int(np.argmax(test_acc))
     curves = [
@@ -457,14 +429,16 @@ def post_accuracyplots(train_losses, test_losses, train_acc, test_acc, title="",
     return _finished(figure, path)
 
 
-@torch.no_grad()
 def post_misclassified(misclassified, label_map, model, title="", path=None):
     """The first 20 samples that `test` returned as wrong, with true and predicted class and the model's confidence."""
-    shown, classes = misclassified[:20], _class_names(label_map)
+    shown = misclassified[:20]
+    classes = _class_names(label_map, [label for _, *both in shown for label in both])
     confidences = []
     if shown:
         images = torch.stack([sample[0] for sample in shown]).to(next(model.parameters()).device)
-        confidences = model.eval()(images).float().softmax(dim=1).amax(dim=1).tolist()
+        with evaluation_mode(model), torch.no_grad():
+            probabilities = model(images).float().softmax(dim=1).cpu()
+        confidences = [float(row[predicted]) for row, (_, _, predicted) in zip(probabilities, shown)]
     titles = [
         f"{classes[predicted]} ({confidence:.0%})\ntrue: {classes[true]}"
         for (_, true, predicted), confidence in zip(shown, confidences)
@@ -475,11 +449,13 @@ def post_misclassified(misclassified, label_map, model, title="", path=None):
 
 def post_confusion_matrix(misclassified, test_loader, label_map, title="", path=None):
     """Counts of true class (row) against predicted class (column) in a test, with the accuracy of each class."""
-    classes = _class_names(label_map)
+    classes = _class_names(label_map, [label for _, *both in misclassified for label in both])
     wrong = np.zeros((len(classes), len(classes)), dtype=int)
     for _, true, predicted in misclassified:
         wrong[true, predicted] += 1
-    totals = np.bincount(test_loader.dataset.labels, minlength=len(classes))
+    totals = np.bincount(torch.cat([labels for _, labels in test_loader]), minlength=len(classes))
+    if len(totals) > len(classes) or (wrong.sum(axis=1) > totals).any():
+        raise ValueError("there are more misclassified samples than the loader gives; pass the loader that was tested")
     matrix = wrong + np.diag(totals - wrong.sum(axis=1))
     share = matrix / np.maximum(totals, 1)[:, None]
     figure, axis = plt.subplots(figsize=(8.5, 7.5), layout="constrained")
@@ -499,14 +475,16 @@ def post_receptive_field(model, rows, images=None, path=None):
     """What an output sees: the theoretical receptive field layer by layer, and beside it the effective one.
 
     Args:
-        model: the network; it is put into evaluation mode.
+        model: the network.
         rows: what `models.receptive_field(model)` returned.
         images: batch (N, 3, H, W) to average over, on the model's device; by default noise of a size that holds the
             whole theoretical field. The effective field is the mean absolute gradient of the centre output of the last
             layer before global pooling with respect to the input (Luo et al., NeurIPS 2016).
     """
     rows = [row for row in rows if row.receptive_field is not None]
-    last = dict(model.named_modules())[rows[-1].name]
+    last = dict(model.named_modules()).get(rows[-1].name) if rows else None
+    if last is None:
+        raise ValueError("rows are not of this model; pass what models.receptive_field(model) returns")
     parameter = next(model.parameters())
     if images is None:
         side = rows[-1].receptive_field + 2 * rows[-1].jump + 1
@@ -515,7 +493,8 @@ def post_receptive_field(model, rows, images=None, path=None):
     outputs = []
     hook = last.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
-        model.eval()(images)
+        with evaluation_mode(model):
+            model(images)
     finally:
         hook.remove()
     (output,) = outputs
