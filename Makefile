@@ -1,17 +1,17 @@
 # make train, make demo, make test: each makes .venv and installs what is missing by itself.
 PYTHON ?= python3
 BIN := .venv/bin
-RUN_NOTEBOOK := $(BIN)/jupyter nbconvert --log-level=ERROR --to python --stdout train_S9.ipynb | MPLBACKEND=agg $(BIN)/python -u -
+# By -c, not from a file: loader workers that are spawned would run a file again.
+RUN_NOTEBOOK = code="$$($(BIN)/jupyter nbconvert --log-level=ERROR --to python --stdout train_S9.ipynb)" && \
+	MPLBACKEND=agg $(BIN)/python -u -c "$$code"
 
-SHELL := bash
-.SHELLFLAGS := -o pipefail -c
 .PHONY: train demo test
 
 train: .venv/installed  ## the notebook in the terminal: 80 epochs on CIFAR-10, results in runs/s9-cifar10
 	$(RUN_NOTEBOOK)
 
 demo: .venv/installed  ## the same on scikit-learn's digits: about a minute, no download, results in runs/s9-digits
-	DATASET=digits $(RUN_NOTEBOOK)
+	export DATASET=digits; $(RUN_NOTEBOOK)
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -q

@@ -29,11 +29,13 @@ class Model(nn.Module):
 
     Args:
         dropout_value: probability of zeroing an activation, in [0, 1].
+        num_classes: outputs of the classifier; 53 parameters each.
 
-    Input is float (N, 3, H, W), normalised, H and W at least 7 (32 for CIFAR-10); output is (N, 10) log-probabilities.
+    Input is float (N, 3, H, W), normalised, H and W at least 7 (32 for CIFAR-10); output is (N, num_classes)
+    log-probabilities.
     """
 
-    def __init__(self, dropout_value=0.01):
+    def __init__(self, dropout_value=0.01, num_classes=10):
         super().__init__()
 
         def layer(in_channels, out_channels, **conv):
@@ -71,7 +73,7 @@ class Model(nn.Module):
             squeeze(256, 52),
         )
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = Conv2d(52, 10, 1)
+        self.classifier = Conv2d(52, num_classes, 1)
 
     def forward(self, x):
         weight = self.classifier.weight

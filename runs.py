@@ -315,7 +315,7 @@ def _serialized(value):
 
 
 def _random_state():
-    """States of every generator that training draws from, in types that `weights_only` loads."""
+    """States of the generators of Python, NumPy, torch and CUDA, in types that `weights_only` loads."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),

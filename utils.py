@@ -228,7 +228,7 @@ def _checked(batch):
     """The batch itself, once it is what a loader should give."""
     if not isinstance(batch, (tuple, list)) or [isinstance(part, torch.Tensor) for part in batch] != [True, True]:
         kinds = [type(part).__name__ for part in batch] if isinstance(batch, (tuple, list)) else type(batch).__name__
-        raise TypeError(f"the loader gave {kinds}; a batch is a pair of tensors, images and labels")
+        raise TypeError(f"the loader gave {kinds}; a batch is a pair of tensors (images, labels)")
     images, labels = batch
     if images.ndim != 4 or labels.dtype != torch.int64 or labels.shape != images.shape[:1] or not len(labels):
         raise ValueError(
