@@ -220,6 +220,11 @@ def save_malicious(path):
     torch.save({"hyperparameters": HYPERPARAMETERS, "model": Malicious()}, path)
 
 
+def save_arrays(path):
+    with open(path, "wb") as file:
+        np.savez(file, model=np.zeros(3))
+
+
 def position(path, member, offset=0):
     """Where the bytes of a member of a zip file begin."""
     with zipfile.ZipFile(path) as archive:
@@ -245,7 +250,7 @@ CHECKPOINTS = {
     "a flipped bit in the directory": (lambda path: flip(path, -30), DAMAGED),
     "a flipped bit in a name": (lambda path: flip(path, 31), DAMAGED),
     "text": (lambda path: path.write_text("epoch 1"), DAMAGED),
-    "an archive of arrays": (lambda path: np.savez(open(path, "wb"), model=np.zeros(3)), DAMAGED),
+    "an archive of arrays": (save_arrays, DAMAGED),
     "a pickle that would run code": (save_malicious, DAMAGED),
     "an old-style pickle that would run code": (lambda path: path.write_bytes(pickle.dumps(Malicious())), DAMAGED),
     "a folder": (lambda path: (path.unlink(), path.mkdir()), ["checkpoint.pt"]),
