@@ -42,7 +42,7 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, **options):
 
 
 def get_scheduler(optimizer, step_size=10, gamma=0.1, name="StepLR", **options):
-    """A scheduler of `torch.optim.lr_scheduler` by name; step_size and gamma are StepLR's, options go to the others.
+    """A scheduler of `torch.optim.lr_scheduler` by name; step_size and gamma go to those that take them.
 
     Raises:
         ValueError: unknown name, a step_size below 1 or a negative gamma.
@@ -51,8 +51,8 @@ def get_scheduler(optimizer, step_size=10, gamma=0.1, name="StepLR", **options):
         raise ValueError(f"step_size is {step_size} and gamma {gamma}; they must be at least 1 epoch and not negative")
     base = optim.lr_scheduler.LRScheduler
     scheduler = _named(name, "scheduler", _classes(optim.lr_scheduler, base))
-    if name == "StepLR":
-        options.update(step_size=step_size, gamma=gamma)
+    taken = inspect.signature(scheduler).parameters
+    options |= {key: value for key, value in {"step_size": step_size, "gamma": gamma}.items() if key in taken}
     return scheduler(optimizer, **options)
 
 

@@ -12,6 +12,7 @@
 """
 
 import contextlib
+import copy
 import csv
 import io
 import json
@@ -111,6 +112,7 @@ class Run:
             raise ValueError(f"run name {name!r} must be a plain directory name, without separators")
         self.name, self.data = name, data
         self._history = None  # resume sets it, and what it belongs to
+        self._start = None  # model, weights and random state before the first epoch
         self.folder = pathlib.Path(root) / name
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -161,6 +163,11 @@ class Run:
         self._start_epoch()
         checkpoint_path = self / "checkpoint.pt"
         if not checkpoint_path.exists():
+            if self._start is None or self._start[0] is not model:
+                self._start = model, copy.deepcopy(model.state_dict()), _random_state()
+            else:  # stopped in its first epoch and started again from the same notebook: not with half-trained weights
+                model.load_state_dict(self._start[1])
+                _set_random_state(self._start[2])
             print(f"{self.folder}: a new run")
             return [], [], [], []
         checkpoint = load_weights(checkpoint_path)

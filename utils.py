@@ -7,6 +7,7 @@ normalised batch) and `train` (batch to loss). The network itself is in `models.
 import functools
 import io
 import math
+import operator
 import os
 import pathlib
 import time
@@ -182,6 +183,7 @@ class Tally:
     def add(self, loss, scores, labels):
         self.losses.append(loss.detach())
         self.sizes.append(len(labels))
+        self.bar.update()
         self.correct += (scores.detach().argmax(dim=1) == labels).sum()
         if time.monotonic() - self.last_shown > 0.5:
             self.bar.set_postfix_str("loss {:.4f}, accuracy {:.2f} %".format(*self.read()), refresh=False)
@@ -256,7 +258,9 @@ def _prepare(model, device, criterion):
 def _progress_bar(loader, description):
     """A bar in a notebook or a terminal; none in a log file, or where tqdm's own switch TQDM_DISABLE is set."""
     off = True if os.environ.get("TQDM_DISABLE") else None  # None leaves it to whether there is a terminal
-    return tqdm(loader, desc=description, unit="batch", leave=False, disable=off)
+    # It gets the length and not the loader, of which older versions of tqdm start a second epoch.
+    total = operator.length_hint(loader) or None
+    return tqdm(total=total, desc=description, unit="batch", leave=False, disable=off)
 
 
 def _report(epoch, split, loss, accuracy, seconds, loader):
@@ -283,7 +287,7 @@ def train(model, device, train_loader, optimizer, criterion, train_losses, train
     start = time.perf_counter()
     with _progress_bar(train_loader, epoch) as bar:
         tally = Tally(epoch, bar)
-        for images, labels in map(_checked, bar):
+        for images, labels in map(_checked, train_loader):
             optimizer.zero_grad()
             loss, scores, labels = _forward(model, device, images, labels, criterion)
             scaler.scale(loss).backward()
@@ -320,7 +324,7 @@ def test(model, device, test_loader, criterion, test_losses, test_acc):
     start = time.perf_counter()
     with _progress_bar(test_loader, "test") as bar:
         tally = Tally("test", bar)
-        for images, labels in map(_checked, bar):
+        for images, labels in map(_checked, test_loader):
             loss, scores, labels_on_device = _forward(model, device, images, labels, criterion)
             tally.add(loss, scores, labels_on_device)
             predictions = scores.argmax(dim=1).to(labels.device)

@@ -157,6 +157,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     drawn_in_parts += Notebook(tmp_path, workers).train()
     assert f"going on after epoch 2 of {EPOCHS}" in capsys.readouterr().out
 
+    assert [row["lr"] for row in history(folder)] == ["0.05", "0.05", "0.025"]  # what each epoch was trained with
     assert history(tmp_path / "s9") == history(folder)
     assert_identical(end_state(tmp_path / "s9"), end_state(folder))
     assert drawn_in_parts == drawn
@@ -496,7 +497,6 @@ model = Model(dropout_value=0.05)
 optimizer = utils.get_optimizer(model, "SGD", lr=0.05, momentum=0.9)
 scheduler = utils.get_scheduler(optimizer, step_size=2, gamma=0.5)
 lists = run.resume({"epochs": 2}, model, optimizer, scheduler)
-print("ready", flush=True)
 for epoch in range(2):
     utils.train(model, "cpu", train_loader, optimizer, utils.get_loss(), *lists[:2])
     utils.test(model, "cpu", test_loader, utils.get_loss(), *lists[2:])
@@ -524,9 +524,13 @@ def test_two_runs_at_once_in_other_processes_get_the_same_history(uninterrupted,
     processes = [
         start_python(TRAIN, tmp_path, name, threads, PYTHONHASHSEED=seed) for name, seed in (("a", "1"), ("b", "2"))
     ]
-    for process in processes:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, output
+    finally:
+        for process in processes:
+            process.kill()
     assert history(tmp_path / "a") == history(tmp_path / "b") == history(folder)[:2]
     assert_identical(end_state(tmp_path / "a")[1], end_state(tmp_path / "b")[1])
 
@@ -547,7 +551,7 @@ HOLD = "import sys, runs; run = runs.Run('small', root=sys.argv[1]); print('held
 def test_the_same_name_in_two_processes_is_refused(tmp_path):
     start_small(tmp_path, test_acc=[10.0])  # this process still has the run, so the other may not take it
     held, _, _ = small(tmp_path)
-    output, _ = start_python(HOLD, tmp_path).communicate(timeout=60)
+    output, _ = start_python(HOLD, tmp_path).communicate(timeout=600)
     assert "RuntimeError: another process trains the run 'small'" in output and "RUN_NAME" in output
     assert held.folder.name == "small"
     runs.Run("small", root=tmp_path)  # the same process may: a cell is run twice
@@ -564,3 +568,21 @@ def test_a_run_can_be_taken_when_its_process_has_gone(tmp_path):
             process.kill()
             process.wait()
     runs.Run("small", root=tmp_path)
+
+
+def test_stopped_in_the_first_epoch_it_starts_again_from_the_first_weights(uninterrupted, tmp_path, monkeypatch):
+    compute_in(torch.float32, monkeypatch)
+    folder, _ = uninterrupted(torch.float32, 0)
+    notebook = Notebook(tmp_path)
+
+    losses = []
+
+    def stop(*loss):
+        losses.append(loss)
+        if len(losses) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        notebook.train(in_train=stop)
+    notebook.train()  # the training cell alone, run again
+    assert history(tmp_path / "s9") == history(folder)
