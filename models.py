@@ -198,7 +198,7 @@ def receptive_field(model, input_size=32):
             module.training = training
     if not isinstance(output, torch.Tensor):
         raise ValueError(f"receptive_field cannot trace a model that returns a {type(output).__name__}")
-    layers_run = _check_chain(output)
+    layers_run = _count_layers_of_chain(output)
 
     rows = ReceptiveFieldTable()
     size, jump, field = input_size, 1, 1
@@ -282,7 +282,7 @@ def _side(shape):
     return shape[3]
 
 
-def _check_chain(output):
+def _count_layers_of_chain(output):
     """Walk back from the output to the input through autograd's graph and count the convolutions and poolings.
 
     Where two ways lead back, the model branches. The parameters took part as constants, so every node of the graph
