@@ -158,7 +158,8 @@ def _decode(folder: Path, files: list[str]) -> np.ndarray:
     """Decode files into uint8 (N, 32, 32, 3), or raise one ValueError that names all those that cannot be."""
     images = np.empty((len(files), IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     bad, reason, converted, resized = [], "", 0, 0
-    for i, file in enumerate(tqdm(files, desc=f"decoding {folder.name}", unit=" images", disable=None)):
+    no_bar = True if os.environ.get("TQDM_DISABLE") else None  # None: one where there is a screen to show it
+    for i, file in enumerate(tqdm(files, desc=f"decoding {folder.name}", unit=" images", disable=no_bar)):
         try:
             # Only these two formats: some of Pillow's other readers start other programs.
             with Image.open(folder / file, formats=("PNG", "JPEG")) as image:
