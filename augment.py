@@ -114,6 +114,25 @@ def _coarse_dropout(transform, images, rng):
     return images
 
 
+def _pad(transform, images, rng):
+    if transform.border_mode != cv2.BORDER_REFLECT_101 or transform.p < 1 or not isinstance(transform.padding, int):
+        return _image_by_image(transform, images, rng)
+    rows, columns = (np.pad(np.arange(side), transform.padding, mode="reflect") for side in images.shape[1:3])
+    return images[:, rows][:, :, columns]
+
+
+def _random_crop(transform, images, rng):
+    n, height, width = images.shape[:3]
+    if transform.p < 1 or transform.height > height or transform.width > width:
+        return _image_by_image(transform, images, rng)
+    tops = rng.integers(0, height - transform.height + 1, n)
+    lefts = rng.integers(0, width - transform.width + 1, n)
+    crops = np.empty((n, transform.height, transform.width, images.shape[3]), images.dtype)
+    for crop, image, top, left in zip(crops, images, tops, lefts):
+        crop[:] = image[top : top + transform.height, left : left + transform.width]
+    return crops
+
+
 def _normalize(transform, images, rng):
     if transform.normalization != "standard" or transform.p < 1:
         return _image_by_image(transform, images, rng)
@@ -134,6 +153,8 @@ BATCHED = {
     A.HorizontalFlip: _horizontal_flip,
     ShiftScaleRotate: _shift_scale_rotate,
     A.CoarseDropout: _coarse_dropout,
+    A.Pad: _pad,
+    A.RandomCrop: _random_crop,
     A.Normalize: _normalize,
     ToTensorV2: _to_tensor,
 }

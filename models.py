@@ -291,7 +291,7 @@ def _count_layers_of_chain(output):
     node, layers_run = output.grad_fn, 0
     while node is not None:
         layers_run += any(kind in node.name() for kind in ("Convolution", "MaxPool", "AvgPool"))
-        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        parents = list({parent for parent, _ in node.next_functions if parent is not None})  # a stack names one twice
         if len(parents) > 1:
             raise ValueError(
                 f"receptive_field cannot trace a model that branches ({node.name()} joins {len(parents)} paths); "

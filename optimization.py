@@ -22,38 +22,66 @@ def _classes(module, base):
     }
 
 
-def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, **options):
+def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, decay="all", **options):
     """Any optimizer of `torch.optim` by name; momentum goes to those that take one, options to all.
 
+    Args:
+        weight_decay: by default the optimizer's own.
+        decay: which parameters the weight decay applies to, "all", or "weights": those of convolutions and linear
+            layers, but neither biases nor the scales and shifts of normalisation.
+
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or another value of decay.
         TypeError: a model that is no network, or a learning rate that is no number.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"get_optimizer got {model!r}; it takes a network, an instance of nn.Module")
     if not isinstance(lr, (int, float, torch.Tensor)):
         raise TypeError(f"lr is {lr!r}; the learning rate must be a number")
+    if decay not in ("all", "weights"):
+        raise ValueError(f"decay is {decay!r}; weight decay applies to 'all' parameters or to 'weights'")
     choices = _classes(optim, optim.Optimizer)
     del choices["LBFGS"]  # it evaluates the loss several times a step, which `train` does not
     optimizer = _named(name, "optimizer", choices)
     if "momentum" in inspect.signature(optimizer).parameters:
         options["momentum"] = momentum
-    return optimizer(model.parameters(), lr=lr, **options)
+    if weight_decay is not None:
+        options["weight_decay"] = weight_decay
+    if decay == "all":
+        return optimizer(model.parameters(), lr=lr, **options)
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.ndim > 1]},
+        {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return optimizer(groups, lr=lr, **options)
 
 
-def get_scheduler(optimizer, step_size=10, gamma=0.1, name="StepLR", **options):
-    """A scheduler of `torch.optim.lr_scheduler` by name; step_size and gamma go to those that take them.
+def get_scheduler(optimizer, step_size=10, gamma=0.1, name="StepLR", epochs=None, steps_per_epoch=1, **options):
+    """A scheduler of `torch.optim.lr_scheduler` by name.
+
+    Args:
+        step_size, gamma: go to the schedulers that take them; step_size counts epochs.
+        epochs: length of the run, for the schedulers that take it, such as OneCycleLR.
+        steps_per_epoch: 1 for a scheduler to be stepped after every epoch; the number of batches, `len(train_loader)`,
+            for one to be stepped after every batch, as `train` does with the scheduler that it is given.
 
     Raises:
-        ValueError: unknown name, a step_size below 1 or a negative gamma.
+        ValueError: unknown name, a step_size or steps_per_epoch below 1, a negative gamma, or a scheduler that counts
+            neither epochs nor step_size and so cannot be stepped after every batch.
     """
-    if name == "StepLR" and (step_size < 1 or gamma < 0):
-        raise ValueError(f"step_size is {step_size} and gamma {gamma}; they must be at least 1 epoch and not negative")
     base = optim.lr_scheduler.LRScheduler
     scheduler = _named(name, "scheduler", _classes(optim.lr_scheduler, base))
     taken = inspect.signature(scheduler).parameters
-    options |= {key: value for key, value in {"step_size": step_size, "gamma": gamma}.items() if key in taken}
-    return scheduler(optimizer, **options)
+    if "step_size" in taken and (step_size < 1 or gamma < 0):
+        raise ValueError(f"step_size is {step_size} and gamma {gamma}; they must be at least 1 epoch and not negative")
+    if steps_per_epoch != 1 and not {"step_size", "steps_per_epoch"} & taken.keys():
+        raise ValueError(
+            f"{name} counts its steps by itself; give what it counts in batches, and leave steps_per_epoch at 1"
+        )
+    given = {"step_size": step_size * steps_per_epoch, "gamma": gamma}
+    given |= {"epochs": epochs, "steps_per_epoch": steps_per_epoch}
+    return scheduler(optimizer, **{key: value for key, value in given.items() if key in taken}, **options)
 
 
 def get_loss(name="nll_loss", **options):

@@ -267,6 +267,7 @@ class Run:
             "optimizer": type(self._optimizer).__name__,
             "number of parameters of the optimizer": sum(len(g["params"]) for g in self._optimizer.param_groups),
             "scheduler": type(self._scheduler).__name__ if self._scheduler else None,
+            "length of the schedule in batches": getattr(self._scheduler, "total_steps", None),
         }
 
     def _refuse_other_run(self, checkpoint):

@@ -13,6 +13,7 @@ import pathlib
 import time
 from typing import NamedTuple
 
+import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -57,18 +58,31 @@ __all__ = [
 # --- Data and transforms ---------------------------------------------------------------------------------------------
 
 
-def get_train_transforms():
-    """The augmentations of the original run: an `albumentations.Compose` from uint8 (H, W, 3) to float32 (3, H, W)."""
+def get_train_transforms(flip=0.1, shift_scale_rotate=0.1, cutout=0.3, crop_padding=0):
+    """Augmentations, by default those of the original run.
+
+    Args:
+        flip: probability of a horizontal flip.
+        shift_scale_rotate: probability of a shift by up to 10 %, a scale of 0.8 to 1.2 and a rotation by up to 15
+            degrees, with reflected border.
+        cutout: probability of one 16x16 hole in the mean colour (DeVries & Taylor, arXiv 1708.04552).
+        crop_padding: pixels of reflected border of which a random 32x32 crop is cut; 0 for no crop.
+
+    Returns:
+        `albumentations.Compose` from uint8 (32, 32, 3), or any (H, W, 3) without a crop, to float32 (3, H, W).
+    """
+    crop = [A.Pad(padding=crop_padding, border_mode=cv2.BORDER_REFLECT_101), A.RandomCrop(32, 32)]
     return A.Compose(
         [
-            A.HorizontalFlip(p=0.1),
-            ShiftScaleRotate(shift_limit=0.1, scale_limit=0.2, rotate_limit=15, p=0.1),
+            A.HorizontalFlip(p=flip),
+            ShiftScaleRotate(shift_limit=0.1, scale_limit=0.2, rotate_limit=15, p=shift_scale_rotate),
+            *(crop if crop_padding else []),
             A.CoarseDropout(
                 num_holes_range=(1, 1),
                 hole_height_range=(16, 16),
                 hole_width_range=(16, 16),
                 fill=tuple(round(255 * mean) for mean in CIFAR10_MEAN),
-                p=0.3,
+                p=cutout,
             ),
             A.Normalize(CIFAR10_MEAN, CIFAR10_STD),
             ToTensorV2(),
@@ -268,9 +282,10 @@ def _report(epoch, split, loss, accuracy, seconds, loader):
     print(f"{epoch:>8}  {split:5}  loss {loss:.4f}  accuracy {accuracy:5.2f} %  {seconds:6.1f} s  [{data}]", flush=True)
 
 
-def train(model, device, train_loader, optimizer, criterion, train_losses, train_acc):
+def train(model, device, train_loader, optimizer, criterion, train_losses, train_acc, scheduler=None):
     """Train for one epoch and append its mean loss per sample and its accuracy in % to the two lists.
 
+    A scheduler given here is stepped after every batch, see `get_scheduler`; one that counts epochs, the caller steps.
     Computes in `autocast_dtype(device)`; prints a line, and shows a progress bar in a notebook or a terminal.
 
     Raises:
@@ -293,6 +308,8 @@ def train(model, device, train_loader, optimizer, criterion, train_losses, train
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
+            if scheduler is not None:
+                scheduler.step()
             tally.add(loss, scores, labels)
         mean_loss, accuracy = tally.read()
     train_losses.append(mean_loss)

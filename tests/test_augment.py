@@ -142,8 +142,23 @@ def test_normalisation_and_layout():
     torch.testing.assert_close(batch[0], single)
 
 
-def test_every_transform_of_the_notebook_has_a_batched_form():
-    assert all(type(transform) in BATCHED for transform in utils.get_train_transforms().transforms)
+@PATHS
+def test_crops_are_windows_of_the_reflected_image_each_as_likely(path):
+    transforms = utils.get_train_transforms(crop_padding=4).transforms
+    crop = [transform for transform in transforms if isinstance(transform, (A.Pad, A.RandomCrop))]
+    images = random_images(N)
+    padded = np.stack([cv2.copyMakeBorder(image, 4, 4, 4, 4, cv2.BORDER_REFLECT_101) for image in images])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (32, 32), axis=(1, 2))  # (N, 9, 9, 3, 32, 32)
+    counts = np.zeros((9, 9), int)
+    for window, got in zip(windows, path(crop, images).transpose(0, 3, 1, 2)):
+        matches = np.argwhere((window == got).all(axis=(2, 3, 4)))
+        assert len(matches) == 1
+        counts[tuple(matches[0])] += 1
+    assert stats.chisquare(counts.ravel()).pvalue > 1e-4
+
+
+def test_every_transform_of_this_project_has_a_batched_form():
+    assert all(type(t) in BATCHED for t in utils.get_train_transforms(crop_padding=4).transforms)
 
 
 # Pipelines of a user's own: what each does to an image is known, so batch and image must agree exactly.

@@ -287,6 +287,11 @@ CASES = {
     "optimizer: rate as text": ((TypeError, ValueError), ["lr", "'0.2'"], lambda: sgd(lr="0.2")),
     "optimizer: unknown option": (TypeError, ["nesterof"], lambda: sgd(nesterof=True)),
     "optimizer: a class, not a model": (TypeError, ["Model", "nn.Module"], lambda: utils.get_optimizer(Model)),
+    "optimizer: decay of something else": (
+        ValueError,
+        ["'bias'", "'weights'"],
+        lambda: utils.get_optimizer(Model(), decay="bias"),
+    ),
     "optimizer: one that wants a closure": ((TypeError, ValueError), ["LBFGS"], lambda: train_with("LBFGS")),
     "scheduler: unknown name": (ValueError, ["'Step'", "StepLR"], lambda: scheduler(name="Step")),
     "scheduler: step of 0 epochs": (ValueError, ["step_size", "0", "at least 1"], lambda: scheduler(step_size=0)),

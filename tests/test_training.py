@@ -177,6 +177,52 @@ def test_optimizers_schedulers_and_losses_by_name():
     torch.testing.assert_close(utils.get_loss("cross_entropy")(scores, labels), F.nll_loss(scores, labels))
 
 
+def test_weight_decay_spares_biases_and_normalisation():
+    model = Model()
+    optimizer = utils.get_optimizer(model, lr=0.5, momentum=0, weight_decay=0.1, decay="weights")
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # without a gradient only the decay is left: w - lr * decay * w
+    for name, value in model.named_parameters():
+        factor = 0.95 if name.endswith("conv.weight") or value.ndim == 4 else 1.0
+        torch.testing.assert_close(value.detach(), factor * before[name])
+
+
+def test_a_scheduler_given_to_train_is_stepped_after_every_batch():
+    batches = [(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))] * 10
+    rates = []
+
+    class Recorded(torch.optim.SGD):
+        def step(self, *args):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(*args)
+
+    model = Model()
+    optimizer = Recorded(model.parameters(), lr=0.1)
+    options = dict(max_lr=0.1, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False)
+    scheduler = utils.get_scheduler(optimizer, name="OneCycleLR", epochs=2, steps_per_epoch=10, **options)
+    for _ in range(2):
+        utils.train(model, "cpu", Loader(batches), optimizer, utils.get_loss(), [], [], scheduler)
+    peak = 0.2 * 20 - 1  # up in a straight line to the last batch of the first fifth, then down to nothing
+    expected = np.interp(range(20), [0, peak, 19], [0.1 / 25, 0.1, 0.1 / 25 / 1e4])
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
+
+
+def test_steps_of_the_scheduler_count_batches_or_epochs():
+    def rates(steps, **options):
+        optimizer = utils.get_optimizer(Model(), lr=0.2)
+        scheduler = utils.get_scheduler(optimizer, step_size=5, gamma=0.75, **options)
+        for _ in range(steps):
+            optimizer.step()
+            scheduler.step()
+            yield optimizer.param_groups[0]["lr"]
+
+    assert list(rates(60, steps_per_epoch=3))[2::3] == list(rates(20))
+    with pytest.raises(ValueError, match="CosineAnnealingLR counts its steps"):
+        utils.get_scheduler(utils.get_optimizer(Model()), name="CosineAnnealingLR", steps_per_epoch=3, T_max=9)
+
+
 @pytest.mark.parametrize(
     "call, listed",
     [
