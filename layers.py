@@ -94,4 +94,5 @@ def _geometric_quantiles(p):
     P(distance > k) = (1 - p)^k, inverted in the middle of each 65,536th. Their mean is 1 / p to within 1 in 10,000.
     """
     uniform = (np.arange(2**16) + 0.5) / 2**16
-    return (np.log(uniform) // math.log1p(-p) + 1).astype(np.int64)
+    distances = np.log(uniform) // math.log1p(-p) + 1
+    return np.minimum(distances, 2**50).astype(np.int64)  # longer than any tensor, and a sum of many still fits

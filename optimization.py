@@ -75,7 +75,9 @@ def get_scheduler(optimizer, step_size=10, gamma=0.1, name="StepLR", epochs=None
     taken = inspect.signature(scheduler).parameters
     if "step_size" in taken and (step_size < 1 or gamma < 0):
         raise ValueError(f"step_size is {step_size} and gamma {gamma}; they must be at least 1 epoch and not negative")
-    if steps_per_epoch != 1 and not {"step_size", "steps_per_epoch"} & taken.keys():
+    if steps_per_epoch < 1:
+        raise ValueError(f"steps_per_epoch is {steps_per_epoch}; it must be 1, or the number of batches of an epoch")
+    if steps_per_epoch > 1 and not {"step_size", "steps_per_epoch"} & taken.keys():
         raise ValueError(
             f"{name} counts its steps by itself; give what it counts in batches, and leave steps_per_epoch at 1"
         )

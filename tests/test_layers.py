@@ -22,6 +22,12 @@ def test_keep_rate(p):
     assert stats.binomtest(count, n, p).pvalue > 1e-4
 
 
+@pytest.mark.parametrize("p", [1e-9, 1e-30])
+def test_a_tiny_probability_drops_nothing(p):
+    x = torch.ones(1000)
+    assert torch.equal(Dropout(p)(x), x)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_survivors_are_scaled(dtype):
     output = Dropout(0.2).train()(torch.full((1000,), 3.0, dtype=dtype))
