@@ -26,6 +26,7 @@ from datasets import CIFAR10_MEAN, CIFAR10_STD, load_images
 from devices import autocast_dtype, keep_freed_memory
 from optimization import get_loss, get_optimizer, get_scheduler
 from predict import evaluation_mode, predict
+from recipes import flatten_recipe, get_recipe
 from runs import Run, load_weights, seed_everything, write_atomically
 
 __all__ = [
@@ -34,10 +35,12 @@ __all__ = [
     "GetCorrectPredCount",
     "Run",
     "autocast_dtype",
+    "flatten_recipe",
     "get_CIFARdataset_with_loader",
     "get_image_from_tensor",
     "get_loss",
     "get_optimizer",
+    "get_recipe",
     "get_scheduler",
     "get_test_transforms",
     "get_train_transforms",

@@ -1,0 +1,66 @@
+"""Recipes: everything that decides how a network is trained, in one table. `RECIPE` in the notebook names one of them.
+
+The values are the arguments of `Model`, the loaders, `get_train_transforms`, `get_optimizer`, `get_scheduler` and
+`get_loss`.
+"""
+
+import copy
+
+RECIPES = {
+    # The original course run.
+    "s9": {
+        "epochs": 80,
+        "batch_size": 256,
+        "dropout": 0.05,
+        "transforms": {"flip": 0.1, "shift_scale_rotate": 0.1, "cutout": 0.3, "crop_padding": 0},
+        "optimizer": {"name": "SGD", "lr": 0.2, "momentum": 0.9},
+        "scheduler": {"name": "StepLR", "step_size": 5, "gamma": 0.75},
+        "loss": {"name": "nll_loss"},
+    },
+    # The same network trained better; chosen on validation images, see benchmarks/accuracy.py.
+    "tuned": {
+        "epochs": 80,
+        "batch_size": 256,
+        "dropout": 0.0,
+        "transforms": {"flip": 0.5, "shift_scale_rotate": 0.0, "cutout": 0.0, "crop_padding": 4},
+        "optimizer": {
+            "name": "SGD",
+            "lr": 0.3,
+            "momentum": 0.9,
+            "nesterov": True,
+            "weight_decay": 5e-4,
+            "decay": "weights",
+        },
+        # Linearly up to max_lr in the first fifth of the batches, and linearly down to nothing.
+        "scheduler": {
+            "name": "OneCycleLR",
+            "max_lr": 0.3,
+            "pct_start": 0.2,
+            "anneal_strategy": "linear",
+            "cycle_momentum": False,
+        },
+        "loss": {"name": "nll_loss"},
+    },
+}
+
+
+def get_recipe(name):
+    """A copy of one of `RECIPES`, {setting: value or {argument: value}}, to use as it is or to change.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; there is {', '.join(RECIPES)}")
+    return copy.deepcopy(RECIPES[name])
+
+
+def flatten_recipe(recipe):
+    """A recipe as {"optimizer lr": 0.2, ...}, numbers and strings only: the form that `Run.resume` records."""
+    flat = {}
+    for setting, value in recipe.items():
+        if isinstance(value, dict):
+            flat |= {f"{setting} {argument}": argument_value for argument, argument_value in value.items()}
+        else:
+            flat[setting] = value
+    return flat
