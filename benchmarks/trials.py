@@ -1,0 +1,122 @@
+"""How the tuned recipe was chosen: short runs of many configurations, compared on training images held out.
+
+    python benchmarks/trials.py                 # those that benchmarks/results/trials.csv does not have yet
+    python benchmarks/trials.py "batch 128"     # only this one
+
+5,000 training images, the same 500 of every class each time, are for validation; the other 45,000 are trained on. No
+test image is ever looked at. Every trial leaves a row in benchmarks/results/trials.csv, also one that diverged. Beside
+the accuracy of the network itself there is that of its weights averaged with an exponential decay of 0.999 a step.
+"""
+
+import csv
+import pathlib
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import SubsetRandomSampler
+
+import utils
+from models import Model
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "trials.csv"
+COLUMNS = ("trial", "epochs", "seed", "train_acc", "validation_acc", "averaged_validation_acc", "minutes", "device")
+EPOCHS, SEED = 10, 1
+
+START = {
+    "batch_size": 256,
+    "dropout": 0.0,
+    "transforms": {"flip": 0.5, "shift_scale_rotate": 0.0, "cutout": 0.0, "crop_padding": 4},
+    "optimizer": {"name": "SGD", "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "decay": "weights"},
+    "scheduler": {
+        "name": "OneCycleLR",
+        "max_lr": 0.3,
+        "pct_start": 0.2,
+        "anneal_strategy": "linear",
+        "cycle_momentum": False,
+    },
+    "loss": {"name": "nll_loss"},
+}
+ADAMW = {"name": "AdamW", "weight_decay": 0.05, "decay": "weights"}
+TRIALS = {  # what replaces which part of START
+    "start": {},
+    "batch 128": {"batch_size": 128},
+    "peak 0.6": {"scheduler": START["scheduler"] | {"max_lr": 0.6}},
+    "batch 128, peak 0.15": {"batch_size": 128, "scheduler": START["scheduler"] | {"max_lr": 0.15}},
+    "AdamW, peak 0.01": {"optimizer": ADAMW, "scheduler": START["scheduler"] | {"max_lr": 0.01}},
+    "AdamW, peak 0.02": {"optimizer": ADAMW, "scheduler": START["scheduler"] | {"max_lr": 0.02}},
+    "weight decay 1e-3": {"optimizer": START["optimizer"] | {"weight_decay": 1e-3}},
+    "weight decay 2e-4": {"optimizer": START["optimizer"] | {"weight_decay": 2e-4}},
+    "decay of all parameters": {"optimizer": START["optimizer"] | {"decay": "all"}},
+    "label smoothing 0.1": {"loss": {"name": "cross_entropy", "label_smoothing": 0.1}},
+    "cosine": {"scheduler": START["scheduler"] | {"anneal_strategy": "cos"}},
+    "crops from 2 pixels": {"transforms": START["transforms"] | {"crop_padding": 2}},
+}
+
+
+def split(labels):
+    """Indices of the images to train on and of those to validate on, 500 of each class, the same on every call."""
+    order = np.random.default_rng(0).permutation(len(labels))
+    held_out = np.concatenate([order[labels[order] == label][:500] for label in np.unique(labels)])
+    return np.setdiff1d(order, held_out).tolist(), np.sort(held_out).tolist()
+
+
+def run_trial(changes, epochs, seed, device):
+    """Train START with changes and return (training, validation, averaged weights' validation accuracy), in %."""
+    recipe = START | changes
+    kwargs = {"batch_size": recipe["batch_size"]}
+    _, whole = utils.get_CIFARdataset_with_loader("train", kwargs)
+    training, validation = split(np.asarray(whole.dataset.labels))
+    _, train_loader = utils.get_CIFARdataset_with_loader(
+        "train",
+        kwargs | {"sampler": SubsetRandomSampler(training)},
+        transforms=utils.get_train_transforms(**recipe["transforms"]),
+    )
+    _, validation_loader = utils.get_CIFARdataset_with_loader(
+        "train", kwargs | {"sampler": validation}, transforms=utils.get_test_transforms()
+    )
+    utils.seed_everything(seed)
+    model = Model(recipe["dropout"]).to(device)
+    optimizer = utils.get_optimizer(model, **recipe["optimizer"])
+    schedule = {"epochs": epochs, "steps_per_epoch": len(train_loader)}
+    scheduler = utils.get_scheduler(optimizer, **recipe["scheduler"], **schedule)
+    criterion = utils.get_loss(**recipe["loss"])
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True)
+    optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
+    train_losses, train_acc, losses, validation_acc = [], [], [], []
+    for _ in range(epochs):
+        utils.train(model, device, train_loader, optimizer, criterion, train_losses, train_acc, scheduler)
+    for network in (model, average):
+        utils.test(network, device, validation_loader, criterion, losses, validation_acc)
+    return train_acc[-1], *validation_acc
+
+
+def main():
+    chosen = sys.argv[1:] or list(TRIALS)
+    if unknown := [name for name in chosen if name not in TRIALS]:
+        sys.exit(f"unknown trial {unknown[0]!r}; there is {', '.join(TRIALS)}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    RESULTS.parent.mkdir(exist_ok=True)
+    if not RESULTS.exists():
+        RESULTS.write_text(",".join(COLUMNS) + "\n")
+    for name in chosen:
+        with RESULTS.open(newline="") as file:
+            if any(row["trial"] == name for row in csv.DictReader(file)):
+                continue
+        print(name, flush=True)
+        start = time.perf_counter()
+        try:
+            accuracies = [round(value, 2) for value in run_trial(TRIALS[name], EPOCHS, SEED, device)]
+        except FloatingPointError:
+            accuracies = ["diverged"] * 3
+        minutes = round((time.perf_counter() - start) / 60, 1)
+        with RESULTS.open("a", newline="") as file:  # one line at a time, so that several processes may take part
+            csv.writer(file, lineterminator="\n").writerow([name, EPOCHS, SEED, *accuracies, minutes, device.type])
+
+
+if __name__ == "__main__":
+    main()
