@@ -1,0 +1,200 @@
+"""How accurate: the recipes trained without a notebook at several seeds, and the table and plot that the README shows.
+
+    python benchmarks/accuracy.py                                               # both recipes, 80 epochs, three seeds
+    python benchmarks/accuracy.py --recipes tuned --epochs 12 --seeds 4 5 6     # on a schedule of 12 epochs
+    python benchmarks/accuracy.py --ship-weights                                # and renew weights/ from the first seed
+
+A run that has a JSON in benchmarks/results/accuracy is not repeated; one that was interrupted goes on after its last
+epoch, from runs/accuracy. A figure is that of the last epoch, not of the best. How "tuned" was chosen: trials.py.
+"""
+
+import argparse
+import csv
+import json
+import pathlib
+import statistics
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import matplotlib.pyplot as plt
+import torch
+from speed import processor
+
+import utils
+from models import Model
+from recipes import RECIPES
+from runs import write_atomically
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
+RUNS = ROOT / "runs" / "accuracy"
+PARITY = ROOT / "benchmarks" / "results" / "parity"
+
+
+def train_recipe(name, epochs, seed, device):
+    """One run, as in the notebook; returns what is worth keeping of it."""
+    recipe = utils.get_recipe(name)
+    kwargs = {"batch_size": recipe["batch_size"]}
+    transforms = utils.get_train_transforms(**recipe["transforms"])
+    class_to_idx, train_loader = utils.get_CIFARdataset_with_loader("train", kwargs, transforms=transforms)
+    _, test_loader = utils.get_CIFARdataset_with_loader("test", kwargs)
+    utils.seed_everything(seed)
+    model = Model(recipe["dropout"], len(class_to_idx)).to(device)
+    optimizer = utils.get_optimizer(model, **recipe["optimizer"])
+    schedule = {"epochs": epochs, "steps_per_epoch": len(train_loader)}
+    scheduler = utils.get_scheduler(optimizer, **recipe["scheduler"], **schedule)
+    criterion = utils.get_loss(**recipe["loss"])
+    data = train_loader.dataset
+    run = utils.Run(folder_name(name, epochs, seed), data=f"{data.name}: {data.source}", root=RUNS)
+    settings = utils.flatten_recipe(recipe)
+    settings |= {"dataset": data.name, "images": len(data), "seed": seed, "epochs": epochs}
+    train_losses, train_acc, test_losses, test_acc = run.resume(settings, model, optimizer, scheduler)
+    for _ in range(len(train_losses), epochs):
+        utils.train(model, device, train_loader, optimizer, criterion, train_losses, train_acc, scheduler)
+        utils.test(model, device, test_loader, criterion, test_losses, test_acc)
+        run.save(train_losses, train_acc, test_losses, test_acc)
+    summary = json.loads((run / "run.json").read_text())
+    with open(run / "history.csv") as file:
+        history = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    return {
+        "recipe": name,
+        "epochs": epochs,
+        "seed": seed,
+        "processor": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
+        **{key: summary[key] for key in ("device", "threads", "versions", "data", "hyperparameters")},
+        "train_accuracy_percent": train_acc[-1],
+        "test_accuracy_percent": test_acc[-1],
+        "history": history,
+    }
+
+
+def folder_name(recipe, epochs, seed):
+    return f"{recipe}-epochs{epochs}-seed{seed}"
+
+
+def read_results(device):
+    """The results there are of this kind of device, {(recipe, epochs): [result of a seed, ...]}, longest runs first."""
+    groups = {}
+    for path in RESULTS.glob("*.json"):
+        result = json.loads(path.read_text())
+        if result["device"] == device:
+            groups.setdefault((result["recipe"], result["epochs"]), []).append(result)
+    return dict(sorted(groups.items(), key=lambda item: (list(RECIPES).index(item[0][0]), -item[0][1])))
+
+
+def accuracy_after(result, epoch):
+    return result["history"][epoch - 1]["test_acc"]
+
+
+def mean_and_spread(values):
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def first_reaching(result, accuracy):
+    """(epoch, minutes) at which a run first has this test accuracy, or None."""
+    seconds = 0
+    for row in result["history"]:
+        seconds += row["seconds"]
+        if row["test_acc"] >= accuracy:
+            return int(row["epoch"]), seconds / 60
+    return None
+
+
+def minutes(result):
+    return sum(row["seconds"] for row in result["history"]) / 60
+
+
+def table(groups):
+    """The README's table: a row a recipe and schedule, accuracies as mean ± standard deviation over the seeds."""
+    milestones = (10, 20, 40)
+    baseline = groups.get(("s9", 80), [])
+    goal = statistics.mean(result["test_accuracy_percent"] for result in baseline) if baseline else None
+    head = ["recipe", "epochs", "seeds", *(f"after {epoch}" for epoch in milestones), "at the end", "training images"]
+    lines = [[*head, "reaches s9's end after", "minutes in all"]]
+    for (recipe, epochs), results in groups.items():
+        reached = [first_reaching(result, goal) for result in results] if goal else []
+        if reached and None not in reached:
+            mean_epoch, mean_minutes = (statistics.mean(column) for column in zip(*reached))
+            when = f"epoch {mean_epoch:.0f}, {mean_minutes:.0f} minutes"
+        else:
+            when = f"{sum(r is not None for r in reached)} of {len(results)} do" if reached else ""
+        accuracies = [[accuracy_after(r, e) for r in results] if e < epochs else [] for e in milestones]
+        accuracies += [[r[f"{split}_accuracy_percent"] for r in results] for split in ("test", "train")]
+        cells = [recipe, str(epochs), ", ".join(str(r["seed"]) for r in results)]
+        spent = statistics.mean(minutes(result) for result in results)
+        lines.append([*cells, *map(mean_and_spread, accuracies), when, f"{spent:.0f}"])
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plain_loop_minutes(device, epochs):
+    """What the plain loop of reference.py takes for this many epochs, from the runs of parity.py, or None."""
+    results = [json.loads(path.read_text()) for path in PARITY.glob(f"reference-{device}-*.json")]
+    measured = [result["minutes"] / len(result["history"]) for result in results]
+    return epochs * statistics.mean(measured) if measured else None
+
+
+def plot(groups, path):
+    """Mean test accuracy by epoch; the band spans the seeds."""
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    for (recipe, epochs), results in groups.items():
+        seeds = list(zip(*([row["test_acc"] for row in result["history"]] for result in results)))
+        means = [statistics.mean(values) for values in seeds]
+        label = f"{recipe}, {epochs} epochs: {means[-1]:.2f} % ({len(results)} seeds)"
+        (line,) = axis.plot(range(1, epochs + 1), means, label=label)
+        lowest, highest = [min(values) for values in seeds], [max(values) for values in seeds]
+        axis.fill_between(range(1, epochs + 1), lowest, highest, alpha=0.25, color=line.get_color(), linewidth=0)
+        if (recipe, epochs) == ("s9", 80):
+            axis.axhline(means[-1], color=line.get_color(), linestyle=":", linewidth=1)
+    best = max(accuracy_after(result, int(result["epochs"])) for results in groups.values() for result in results)
+    axis.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(60, best + 2))
+    axis.set_title("Test accuracy, mean and range over the seeds")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def ship_weights(recipe, epochs, seed):
+    """Copy the last weights of a finished run to weights/, with a JSON that says where they come from."""
+    name = folder_name(recipe, epochs, seed)
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    del result["history"]
+    weights = (RUNS / name / "last.pt").read_bytes()
+    (ROOT / "weights").mkdir(exist_ok=True)
+    write_atomically(ROOT / "weights" / f"{recipe}.pt", weights)
+    write_atomically(ROOT / "weights" / f"{recipe}.json", (json.dumps(result, indent=1) + "\n").encode())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--epochs", type=int, help="by default the recipe's own")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[4, 5, 6])
+    parser.add_argument("--ship-weights", action="store_true", help="copy the first seed's weights to weights/")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for seed in arguments.seeds:
+        for recipe in arguments.recipes:
+            epochs = arguments.epochs or RECIPES[recipe]["epochs"]
+            path = RESULTS / f"{folder_name(recipe, epochs, seed)}.json"
+            if not path.exists():
+                result = train_recipe(recipe, epochs, seed, device)
+                write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+            if arguments.ship_weights and seed == arguments.seeds[0]:
+                ship_weights(recipe, epochs, seed)
+
+    groups = read_results(device.type)
+    any_result = next(iter(groups.values()))[0]
+    facts = (any_result["data"], any_result["processor"], f"{any_result['threads']} threads")
+    print(f"\n{', '.join(facts)}, torch {any_result['versions']['torch']}\n\n{table(groups)}")
+    if plain := plain_loop_minutes(device.type, 80):
+        print(f"\nthe plain loop, 80 epochs of s9 at the measured rate: {plain:.0f} minutes")
+    plot(groups, ROOT / "figures" / "accuracy.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""The accuracy study's arithmetic on histories made by hand, and the split that its trials are judged on."""
+
+import pathlib
+import sys
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
+
+import accuracy
+import trials
+
+
+def result(recipe, seed, test_acc, seconds):
+    history = [{"epoch": i, "test_acc": value, "seconds": seconds} for i, value in enumerate(test_acc, start=1)]
+    ends = {"train_accuracy_percent": 90.0 + seed, "test_accuracy_percent": test_acc[-1]}
+    return {"recipe": recipe, "epochs": len(history), "seed": seed, "history": history} | ends
+
+
+@pytest.fixture
+def groups():
+    """s9 ends at 80 and 82, so the goal is 81; tuned reaches it in epochs 8 and 12, of 30 seconds each."""
+    slow = [70.0] * 78
+    return {
+        ("s9", 80): [result("s9", 4, [*slow, 79.0, 80.0], 60), result("s9", 5, [*slow, 85.0, 82.0], 60)],
+        ("tuned", 12): [result("tuned", 4, [50.0] * 7 + [81.0] * 5, 30), result("tuned", 5, [60.0] * 11 + [83.0], 30)],
+    }
+
+
+def test_table(groups):
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in accuracy.table(groups).split("\n")]
+    deviation = "1.41"  # of two values that differ by 2, with n - 1 below the root
+    assert rows[2] == [
+        *("s9", "80", "4, 5", "70.00 ± 0.00", "70.00 ± 0.00", "70.00 ± 0.00"),
+        *(f"81.00 ± {deviation}", "94.50 ± 0.71", "1 of 2 do", "80"),
+    ]
+    assert rows[3] == [
+        *("tuned", "12", "4, 5", "70.50 ± 14.85", "", ""),
+        *(f"82.00 ± {deviation}", "94.50 ± 0.71", "epoch 10, 5 minutes", "6"),
+    ]
+
+
+def test_first_epoch_that_reaches_an_accuracy(groups):
+    run = groups["tuned", 12][0]
+    assert accuracy.first_reaching(run, 81.0) == (8, 4.0)
+    assert accuracy.first_reaching(run, 81.01) is None
+
+
+def test_plot(groups, tmp_path):
+    accuracy.plot(groups, tmp_path / "plot.png")
+    axis = plt.gcf().axes[0]
+    means = [line for line in axis.lines if len(line.get_xdata()) in (80, 12)]
+    assert [line.get_ydata()[-1] for line in means] == [81.0, 82.0]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [
+        "s9, 80 epochs: 81.00 % (2 seeds)",
+        "tuned, 12 epochs: 82.00 % (2 seeds)",
+    ]
+    assert plt.imread(tmp_path / "plot.png").std() > 0
+    plt.close("all")
+
+
+def test_split_is_stratified_and_fixed():
+    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(10), 5000))
+    training, validation = trials.split(labels)
+    assert np.bincount(labels[validation]).tolist() == [500] * 10
+    assert sorted(training + validation) == list(range(50_000))
+    assert trials.split(labels)[1] == validation
