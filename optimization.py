@@ -62,13 +62,15 @@ def get_scheduler(optimizer, step_size=10, gamma=0.1, name="StepLR", epochs=None
 
     Args:
         step_size, gamma: go to the schedulers that take them; step_size counts epochs.
-        epochs: length of the run, for the schedulers that take it, such as OneCycleLR.
+        epochs: length of the run, for the schedulers that take it, such as OneCycleLR, whose max_lr is by default the
+            learning rate of the optimizer.
         steps_per_epoch: 1 for a scheduler to be stepped after every epoch; the number of batches, `len(train_loader)`,
             for one to be stepped after every batch, as `train` does with the scheduler that it is given.
 
     Raises:
-        ValueError: unknown name, a step_size or steps_per_epoch below 1, a negative gamma, or a scheduler that counts
-            neither epochs nor step_size and so cannot be stepped after every batch.
+        ValueError: unknown name, a step_size or steps_per_epoch below 1, a negative gamma, a run too short for
+            OneCycleLR, or a scheduler that counts neither epochs nor step_size and so cannot be stepped after every
+            batch.
     """
     base = optim.lr_scheduler.LRScheduler
     scheduler = _named(name, "scheduler", _classes(optim.lr_scheduler, base))
@@ -81,9 +83,14 @@ def get_scheduler(optimizer, step_size=10, gamma=0.1, name="StepLR", epochs=None
         raise ValueError(
             f"{name} counts its steps by itself; give what it counts in batches, and leave steps_per_epoch at 1"
         )
-    given = {"step_size": step_size * steps_per_epoch, "gamma": gamma}
+    if "pct_start" in taken and epochs and epochs * steps_per_epoch * options.get("pct_start", 0.3) <= 1:
+        raise ValueError(
+            f"{epochs} epochs of {steps_per_epoch} batches are too few for {name} to rise and fall; train longer, or "
+            "with a smaller batch size"
+        )
+    given = {"step_size": step_size * steps_per_epoch, "gamma": gamma, "max_lr": optimizer.param_groups[0]["lr"]}
     given |= {"epochs": epochs, "steps_per_epoch": steps_per_epoch}
-    return scheduler(optimizer, **{key: value for key, value in given.items() if key in taken}, **options)
+    return scheduler(optimizer, **{key: value for key, value in given.items() if key in taken} | options)
 
 
 def get_loss(name="nll_loss", **options):

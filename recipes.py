@@ -17,7 +17,7 @@ RECIPES = {
         "scheduler": {"name": "StepLR", "step_size": 5, "gamma": 0.75},
         "loss": {"name": "nll_loss"},
     },
-    # The same network trained better; chosen on validation images, see benchmarks/accuracy.py.
+    # The same network trained better; benchmarks/trials.py has what was tried, on validation images.
     "tuned": {
         "epochs": 80,
         "batch_size": 256,
@@ -31,14 +31,8 @@ RECIPES = {
             "weight_decay": 5e-4,
             "decay": "weights",
         },
-        # Linearly up to max_lr in the first fifth of the batches, and linearly down to nothing.
-        "scheduler": {
-            "name": "OneCycleLR",
-            "max_lr": 0.3,
-            "pct_start": 0.2,
-            "anneal_strategy": "linear",
-            "cycle_momentum": False,
-        },
+        # Linearly up to lr in the first fifth of the batches, and linearly down to nothing.
+        "scheduler": {"name": "OneCycleLR", "pct_start": 0.2, "anneal_strategy": "linear", "cycle_momentum": False},
         "loss": {"name": "nll_loss"},
     },
 }
@@ -56,11 +50,18 @@ def get_recipe(name):
 
 
 def flatten_recipe(recipe):
-    """A recipe as {"optimizer lr": 0.2, ...}, numbers and strings only: the form that `Run.resume` records."""
+    """A recipe as {"optimizer lr": 0.2, ...}, numbers and strings only: the form that `Run.resume` records.
+
+    Raises:
+        ValueError: a setting that no recipe has, such as a misspelt one.
+    """
+    known = RECIPES["s9"]
     flat = {}
     for setting, value in recipe.items():
-        if isinstance(value, dict):
-            flat |= {f"{setting} {argument}": argument_value for argument, argument_value in value.items()}
-        else:
-            flat[setting] = value
+        if setting not in known:
+            raise ValueError(f"unknown setting {setting!r} in the recipe; there is {', '.join(known)}")
+        arguments = value if isinstance(value, dict) else {"": value}
+        for argument, given in arguments.items():
+            plain = given if isinstance(given, (int, float, str, type(None))) else repr(given)
+            flat[f"{setting} {argument}".strip()] = plain
     return flat

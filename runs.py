@@ -139,7 +139,7 @@ class Run:
 
         Args:
             hyperparameters: what defines the run, {name: number, string, bool or None}. A run goes on only with the
-                same ones; "epochs" may differ.
+                same ones; "epochs" may differ, unless the scheduler needs it.
             model, optimizer, scheduler: new ones, made as at the run's start; `save` records them.
 
         Returns:
@@ -267,7 +267,9 @@ class Run:
             "optimizer": type(self._optimizer).__name__,
             "number of parameters of the optimizer": sum(len(g["params"]) for g in self._optimizer.param_groups),
             "scheduler": type(self._scheduler).__name__ if self._scheduler else None,
-            "length of the schedule in batches": getattr(self._scheduler, "total_steps", None),
+            "length of the schedule in batches, which EPOCHS and the number of images decide,": getattr(
+                self._scheduler, "total_steps", None
+            ),
         }
 
     def _refuse_other_run(self, checkpoint):

@@ -73,7 +73,12 @@ def get_train_transforms(flip=0.1, shift_scale_rotate=0.1, cutout=0.3, crop_padd
 
     Returns:
         `albumentations.Compose` from uint8 (32, 32, 3), or any (H, W, 3) without a crop, to float32 (3, H, W).
+
+    Raises:
+        ValueError: a negative crop_padding, or what is no probability.
     """
+    if crop_padding < 0:
+        raise ValueError(f"crop_padding is {crop_padding}; it must be a number of pixels, or 0 for no crop")
     crop = [A.Pad(padding=crop_padding, border_mode=cv2.BORDER_REFLECT_101), A.RandomCrop(32, 32)]
     return A.Compose(
         [

@@ -33,7 +33,7 @@ PARITY = ROOT / "benchmarks" / "results" / "parity"
 
 
 def train_recipe(name, epochs, seed, device):
-    """One run, as in the notebook; returns what is worth keeping of it."""
+    """One run with the calls of the notebook; returns what is worth keeping of it."""
     recipe = utils.get_recipe(name)
     kwargs = {"batch_size": recipe["batch_size"]}
     transforms = utils.get_train_transforms(**recipe["transforms"])
@@ -46,7 +46,7 @@ def train_recipe(name, epochs, seed, device):
     scheduler = utils.get_scheduler(optimizer, **recipe["scheduler"], **schedule)
     criterion = utils.get_loss(**recipe["loss"])
     data = train_loader.dataset
-    run = utils.Run(folder_name(name, epochs, seed), data=f"{data.name}: {data.source}", root=RUNS)
+    run = utils.Run(folder_name(name, epochs, seed), data=data.name, root=RUNS)
     settings = utils.flatten_recipe(recipe)
     settings |= {"dataset": data.name, "images": len(data), "seed": seed, "epochs": epochs}
     train_losses, train_acc, test_losses, test_acc = run.resume(settings, model, optimizer, scheduler)
@@ -62,7 +62,9 @@ def train_recipe(name, epochs, seed, device):
         "epochs": epochs,
         "seed": seed,
         "processor": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
-        **{key: summary[key] for key in ("device", "threads", "versions", "data", "hyperparameters")},
+        "device": device.type,
+        "data": data.name,
+        **{key: summary[key] for key in ("threads", "versions", "hyperparameters")},
         "train_accuracy_percent": train_acc[-1],
         "test_accuracy_percent": test_acc[-1],
         "history": history,
@@ -76,11 +78,11 @@ def folder_name(recipe, epochs, seed):
 def read_results(device):
     """The results there are of this kind of device, {(recipe, epochs): [result of a seed, ...]}, longest runs first."""
     groups = {}
-    for path in RESULTS.glob("*.json"):
+    for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
         if result["device"] == device:
             groups.setdefault((result["recipe"], result["epochs"]), []).append(result)
-    return dict(sorted(groups.items(), key=lambda item: (list(RECIPES).index(item[0][0]), -item[0][1])))
+    return dict(sorted(groups.items(), key=lambda item: (item[0][0], -item[0][1])))
 
 
 def accuracy_after(result, epoch):
@@ -112,7 +114,14 @@ def table(groups):
     milestones = (10, 20, 40)
     baseline = groups.get(("s9", 80), [])
     goal = statistics.mean(result["test_accuracy_percent"] for result in baseline) if baseline else None
-    head = ["recipe", "epochs", "seeds", *(f"after {epoch}" for epoch in milestones), "at the end", "training images"]
+    head = [
+        "recipe",
+        "epochs",
+        "seeds",
+        *(f"after {epoch}" for epoch in milestones),
+        "at the end",
+        "training images, as augmented",
+    ]
     lines = [[*head, "reaches s9's end after", "minutes in all"]]
     for (recipe, epochs), results in groups.items():
         reached = [first_reaching(result, goal) for result in results] if goal else []
@@ -128,6 +137,12 @@ def table(groups):
         lines.append([*cells, *map(mean_and_spread, accuracies), when, f"{spent:.0f}"])
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def describe(result):
+    """What the runs of a table should have in common."""
+    processor, threads, torch_version = result["processor"], result["threads"], result["versions"]["torch"]
+    return f"{result['data']}, {processor}, {threads} threads a run, torch {torch_version}"
 
 
 def plain_loop_minutes(device, epochs):
@@ -149,17 +164,21 @@ def plot(groups, path):
         axis.fill_between(range(1, epochs + 1), lowest, highest, alpha=0.25, color=line.get_color(), linewidth=0)
         if (recipe, epochs) == ("s9", 80):
             axis.axhline(means[-1], color=line.get_color(), linestyle=":", linewidth=1)
-    best = max(accuracy_after(result, int(result["epochs"])) for results in groups.values() for result in results)
-    axis.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(60, best + 2))
-    axis.set_title("Test accuracy, mean and range over the seeds")
+    every = [result for results in groups.values() for result in results]
+    ends = [result["test_accuracy_percent"] for result in every]
+    axis.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(min(60, min(ends) - 5), max(ends) + 2))
+    names = ", ".join(sorted({result["data"] for result in every}))
+    axis.set_title(f"Test accuracy on the {names}, mean and range over the seeds")
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right")
     figure.savefig(path, dpi=120)
 
 
-def ship_weights(recipe, epochs, seed):
-    """Copy the last weights of a finished run to weights/, with a JSON that says where they come from."""
-    name = folder_name(recipe, epochs, seed)
+def ship_weights(recipe, seed):
+    """Copy the last weights of a run of the recipe's own length to weights/, with a JSON of where they come from."""
+    name = folder_name(recipe, RECIPES[recipe]["epochs"], seed)
+    if not (RUNS / name / "last.pt").exists():
+        sys.exit(f"the weights of {name} are gone; delete {RESULTS / name}.json to train them again")
     result = json.loads((RESULTS / f"{name}.json").read_text())
     del result["history"]
     weights = (RUNS / name / "last.pt").read_bytes()
@@ -175,22 +194,29 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[4, 5, 6])
     parser.add_argument("--ship-weights", action="store_true", help="copy the first seed's weights to weights/")
     arguments = parser.parse_args()
+    if arguments.epochs is not None and (arguments.epochs < 1 or arguments.ship_weights):
+        parser.error("--epochs must be at least 1, and only weights trained for the recipe's own number are shipped")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     RESULTS.mkdir(parents=True, exist_ok=True)
     for seed in arguments.seeds:
         for recipe in arguments.recipes:
             epochs = arguments.epochs or RECIPES[recipe]["epochs"]
             path = RESULTS / f"{folder_name(recipe, epochs, seed)}.json"
-            if not path.exists():
+            if path.exists():
+                trained_with = json.loads(path.read_text())["hyperparameters"]
+                asked_for = utils.flatten_recipe(RECIPES[recipe]) | {"epochs": epochs}
+                if changed := [key for key, value in asked_for.items() if trained_with.get(key) != value]:
+                    sys.exit(f"{path} is of a recipe with another {', '.join(changed)}; delete it to train again")
+            else:
                 result = train_recipe(recipe, epochs, seed, device)
                 write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
             if arguments.ship_weights and seed == arguments.seeds[0]:
-                ship_weights(recipe, epochs, seed)
+                ship_weights(recipe, seed)
 
     groups = read_results(device.type)
-    any_result = next(iter(groups.values()))[0]
-    facts = (any_result["data"], any_result["processor"], f"{any_result['threads']} threads")
-    print(f"\n{', '.join(facts)}, torch {any_result['versions']['torch']}\n\n{table(groups)}")
+    for facts in sorted({describe(result) for results in groups.values() for result in results}):
+        print(f"\n{facts}")
+    print(f"\n{table(groups)}")
     if plain := plain_loop_minutes(device.type, 80):
         print(f"\nthe plain loop, 80 epochs of s9 at the measured rate: {plain:.0f} minutes")
     plot(groups, ROOT / "figures" / "accuracy.png")

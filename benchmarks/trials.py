@@ -5,7 +5,8 @@
 
 5,000 training images, the same 500 of every class each time, are for validation; the other 45,000 are trained on. No
 test image is ever looked at. Every trial leaves a row in benchmarks/results/trials.csv, also one that diverged. Beside
-the accuracy of the network itself there is that of its weights averaged with an exponential decay of 0.999 a step.
+the accuracy of the network itself there is that of its weights averaged over the last batches (see `average_weights`).
+Several processes may take part, each with trials of its own.
 """
 
 import csv
@@ -22,6 +23,7 @@ from torch.utils.data import SubsetRandomSampler
 
 import utils
 from models import Model
+from recipes import get_recipe
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "trials.csv"
 COLUMNS = ("trial", "epochs", "seed", "train_acc", "validation_acc", "averaged_validation_acc", "minutes", "device")
@@ -31,30 +33,34 @@ START = {
     "batch_size": 256,
     "dropout": 0.0,
     "transforms": {"flip": 0.5, "shift_scale_rotate": 0.0, "cutout": 0.0, "crop_padding": 4},
-    "optimizer": {"name": "SGD", "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "decay": "weights"},
-    "scheduler": {
-        "name": "OneCycleLR",
-        "max_lr": 0.3,
-        "pct_start": 0.2,
-        "anneal_strategy": "linear",
-        "cycle_momentum": False,
+    "optimizer": {
+        "name": "SGD",
+        "lr": 0.3,
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 5e-4,
+        "decay": "weights",
     },
+    "scheduler": {"name": "OneCycleLR", "pct_start": 0.2, "anneal_strategy": "linear", "cycle_momentum": False},
     "loss": {"name": "nll_loss"},
 }
 ADAMW = {"name": "AdamW", "weight_decay": 0.05, "decay": "weights"}
 TRIALS = {  # what replaces which part of START
     "start": {},
     "batch 128": {"batch_size": 128},
-    "peak 0.6": {"scheduler": START["scheduler"] | {"max_lr": 0.6}},
-    "batch 128, peak 0.15": {"batch_size": 128, "scheduler": START["scheduler"] | {"max_lr": 0.15}},
-    "AdamW, peak 0.01": {"optimizer": ADAMW, "scheduler": START["scheduler"] | {"max_lr": 0.01}},
-    "AdamW, peak 0.02": {"optimizer": ADAMW, "scheduler": START["scheduler"] | {"max_lr": 0.02}},
+    "peak 0.6": {"optimizer": START["optimizer"] | {"lr": 0.6}},
+    "batch 128, peak 0.15": {"batch_size": 128, "optimizer": START["optimizer"] | {"lr": 0.15}},
+    "AdamW, peak 0.01": {"optimizer": ADAMW | {"lr": 0.01}},
+    "AdamW, peak 0.02": {"optimizer": ADAMW | {"lr": 0.02}},
     "weight decay 1e-3": {"optimizer": START["optimizer"] | {"weight_decay": 1e-3}},
     "weight decay 2e-4": {"optimizer": START["optimizer"] | {"weight_decay": 2e-4}},
     "decay of all parameters": {"optimizer": START["optimizer"] | {"decay": "all"}},
     "label smoothing 0.1": {"loss": {"name": "cross_entropy", "label_smoothing": 0.1}},
     "cosine": {"scheduler": START["scheduler"] | {"anneal_strategy": "cos"}},
     "crops from 2 pixels": {"transforms": START["transforms"] | {"crop_padding": 2}},
+    "dropout 0.05": {"dropout": 0.05},
+    "cutout 0.3": {"transforms": START["transforms"] | {"cutout": 0.3}},
+    "transforms of s9": {"transforms": get_recipe("s9")["transforms"]},
 }
 
 
@@ -65,7 +71,13 @@ def split(labels):
     return np.setdiff1d(order, held_out).tolist(), np.sort(held_out).tolist()
 
 
-def run_trial(changes, epochs, seed, device):
+def average_weights(averaged, current, n):
+    """Exponential average with a decay of 0.999, and less in the first steps, so that they do not linger in it."""
+    n = int(n)
+    get_ema_multi_avg_fn(min(0.999, (1 + n) / (10 + n)))(averaged, current, n)
+
+
+def run_trial(changes, device):
     """Train START with changes and return (training, validation, averaged weights' validation accuracy), in %."""
     recipe = START | changes
     kwargs = {"batch_size": recipe["batch_size"]}
@@ -79,16 +91,16 @@ def run_trial(changes, epochs, seed, device):
     _, validation_loader = utils.get_CIFARdataset_with_loader(
         "train", kwargs | {"sampler": validation}, transforms=utils.get_test_transforms()
     )
-    utils.seed_everything(seed)
+    utils.seed_everything(SEED)
     model = Model(recipe["dropout"]).to(device)
     optimizer = utils.get_optimizer(model, **recipe["optimizer"])
-    schedule = {"epochs": epochs, "steps_per_epoch": len(train_loader)}
+    schedule = {"epochs": EPOCHS, "steps_per_epoch": len(train_loader)}
     scheduler = utils.get_scheduler(optimizer, **recipe["scheduler"], **schedule)
     criterion = utils.get_loss(**recipe["loss"])
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True)
+    average = AveragedModel(model, multi_avg_fn=average_weights, use_buffers=True)
     optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
     train_losses, train_acc, losses, validation_acc = [], [], [], []
-    for _ in range(epochs):
+    for _ in range(EPOCHS):
         utils.train(model, device, train_loader, optimizer, criterion, train_losses, train_acc, scheduler)
     for network in (model, average):
         utils.test(network, device, validation_loader, criterion, losses, validation_acc)
@@ -110,11 +122,11 @@ def main():
         print(name, flush=True)
         start = time.perf_counter()
         try:
-            accuracies = [round(value, 2) for value in run_trial(TRIALS[name], EPOCHS, SEED, device)]
+            accuracies = [round(value, 2) for value in run_trial(TRIALS[name], device)]
         except FloatingPointError:
             accuracies = ["diverged"] * 3
         minutes = round((time.perf_counter() - start) / 60, 1)
-        with RESULTS.open("a", newline="") as file:  # one line at a time, so that several processes may take part
+        with RESULTS.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow([name, EPOCHS, SEED, *accuracies, minutes, device.type])
 
 

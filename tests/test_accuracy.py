@@ -1,5 +1,6 @@
 """The accuracy study's arithmetic on histories made by hand, and the split that its trials are judged on."""
 
+import json
 import pathlib
 import sys
 
@@ -16,7 +17,8 @@ import trials
 def result(recipe, seed, test_acc, seconds):
     history = [{"epoch": i, "test_acc": value, "seconds": seconds} for i, value in enumerate(test_acc, start=1)]
     ends = {"train_accuracy_percent": 90.0 + seed, "test_accuracy_percent": test_acc[-1]}
-    return {"recipe": recipe, "epochs": len(history), "seed": seed, "history": history} | ends
+    kind = {"recipe": recipe, "epochs": len(history), "seed": seed, "data": "some images", "device": "cpu"}
+    return kind | {"history": history} | ends
 
 
 @pytest.fixture
@@ -40,6 +42,15 @@ def test_table(groups):
         *("tuned", "12", "4, 5", "70.50 ± 14.85", "", ""),
         *(f"82.00 ± {deviation}", "94.50 ± 0.71", "epoch 10, 5 minutes", "6"),
     ]
+
+
+def test_results_are_read_back_in_groups_of_one_device(groups, tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy, "RESULTS", tmp_path)
+    every = [result for results in groups.values() for result in results]
+    for number, one in enumerate([*every, every[0] | {"device": "cuda"}]):
+        (tmp_path / f"{number}.json").write_text(json.dumps(one))
+    assert accuracy.read_results("cpu") == groups
+    assert accuracy.read_results("cuda") == {("s9", 80): [every[0] | {"device": "cuda"}]}
 
 
 def test_first_epoch_that_reaches_an_accuracy(groups):

@@ -9,17 +9,18 @@ from models import Model
 from recipes import RECIPES, flatten_recipe, get_recipe
 
 
-def build(name, epochs, steps_per_epoch):
+def build(name, epochs, steps_per_epoch, lr=None):
     recipe = get_recipe(name)
+    recipe["optimizer"]["lr"] = lr or recipe["optimizer"]["lr"]
     model = Model(recipe["dropout"])
     optimizer = utils.get_optimizer(model, **recipe["optimizer"])
     scheduler = utils.get_scheduler(optimizer, **recipe["scheduler"], epochs=epochs, steps_per_epoch=steps_per_epoch)
     return recipe, model, optimizer, scheduler
 
 
-def learning_rates(name, epochs, steps_per_epoch):
+def learning_rates(name, epochs, steps_per_epoch, lr=None):
     """The rate that each batch of a run is trained with."""
-    _, _, optimizer, scheduler = build(name, epochs, steps_per_epoch)
+    _, _, optimizer, scheduler = build(name, epochs, steps_per_epoch, lr)
     rates = []
     for _ in range(epochs * steps_per_epoch):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -41,18 +42,28 @@ def test_s9_is_the_original_run():
 
 
 def test_tuned_rises_and_falls_in_straight_lines():
-    scheduler = RECIPES["tuned"]["scheduler"]
-    peak, steps = scheduler["max_lr"], 500
+    peak, steps = RECIPES["tuned"]["optimizer"]["lr"], 500
     rates = learning_rates("tuned", 10, steps // 10)
-    top = round(scheduler["pct_start"] * steps) - 1
+    top = steps // 5 - 1
     assert rates[top] == max(rates) == pytest.approx(peak) and rates[0] < peak / 20
     rise = [rates[0] + (peak - rates[0]) * step / top for step in range(top)]
     fall = [peak * (steps - 1 - step) / (steps - 1 - top) for step in range(top, steps)]
     assert rates == pytest.approx(rise + fall, abs=1e-4 * peak)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_learning_rate_of_a_recipe_is_its_largest(name):
+    assert max(learning_rates(name, 10, 20, lr=0.07)) == pytest.approx(0.07, rel=1e-3)
+
+
+def test_a_run_too_short_to_rise_and_fall_is_refused():
+    with pytest.raises(ValueError, match="1 epochs of 5 batches are too few"):
+        build("tuned", 1, 5)
+    build("tuned", 1, 6)
+
+
 def test_tuned_decays_the_weights_of_convolutions_only():
-    _, model, optimizer, _ = build("tuned", 1, 1)
+    _, model, optimizer, _ = build("tuned", 1, 10)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     of_weights = {decay[id(m.weight)] for m in model.modules() if isinstance(m, nn.Conv2d)}
     others = [p for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
@@ -86,10 +97,17 @@ def test_an_unknown_recipe_names_those_there_are():
 
 
 def test_flat_form():
-    recipe = {"epochs": 3, "optimizer": {"name": "SGD", "lr": 0.1}, "loss": {"name": "nll_loss"}}
+    recipe = {
+        "epochs": 3,
+        "optimizer": {"name": "AdamW", "lr": 0.1, "betas": (0.9, 0.95)},
+        "loss": {"name": "nll_loss"},
+    }
     assert flatten_recipe(recipe) == {
         "epochs": 3,
-        "optimizer name": "SGD",
+        "optimizer name": "AdamW",
         "optimizer lr": 0.1,
+        "optimizer betas": "(0.9, 0.95)",
         "loss name": "nll_loss",
     }
+    with pytest.raises(ValueError, match="unknown setting 'dropuot' in the recipe; there is epochs, batch_size, dropo"):
+        flatten_recipe(recipe | {"dropuot": 0.1})
