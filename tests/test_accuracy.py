@@ -1,5 +1,6 @@
 """The accuracy study's arithmetic on histories made by hand, and the split that its trials are judged on."""
 
+import csv
 import json
 import pathlib
 import sys
@@ -12,6 +13,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 
 import accuracy
 import trials
+
+from recipes import RECIPES
 
 
 def result(recipe, seed, test_acc, seconds):
@@ -70,6 +73,14 @@ def test_plot(groups, tmp_path):
     ]
     assert plt.imread(tmp_path / "plot.png").std() > 0
     plt.close("all")
+
+
+def test_the_tuned_recipe_is_the_trial_chosen_and_no_other_was_better():
+    assert RECIPES["tuned"] == {"epochs": 80} | trials.START | trials.TRIALS[trials.CHOSEN]
+    with trials.RESULTS.open(newline="") as file:
+        rows = {row["trial"]: row["validation_acc"] for row in csv.DictReader(file)}
+    finished = {trial: float(value) for trial, value in rows.items() if value != "diverged"}
+    assert max(finished, key=finished.get) == trials.CHOSEN
 
 
 def test_split_is_stratified_and_fixed():

@@ -157,6 +157,11 @@ def test_crops_are_windows_of_the_reflected_image_each_as_likely(path):
     assert stats.chisquare(counts.ravel()).pvalue > 1e-4
 
 
+def test_a_crop_from_less_than_no_border_is_refused():
+    with pytest.raises(ValueError, match="crop_padding is -1"):
+        utils.get_train_transforms(crop_padding=-1)
+
+
 def test_every_transform_of_this_project_has_a_batched_form():
     assert all(type(t) in BATCHED for t in utils.get_train_transforms(crop_padding=4).transforms)
 
