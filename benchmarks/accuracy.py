@@ -158,7 +158,7 @@ def plot(groups, path):
     for (recipe, epochs), results in groups.items():
         seeds = list(zip(*([row["test_acc"] for row in result["history"]] for result in results)))
         means = [statistics.mean(values) for values in seeds]
-        label = f"{recipe}, {epochs} epochs: {means[-1]:.2f} % ({len(results)} seeds)"
+        label = f"{recipe}, {epochs} epochs: {means[-1]:.2f} % ({len(results)} seed{'s' * (len(results) > 1)})"
         (line,) = axis.plot(range(1, epochs + 1), means, label=label)
         lowest, highest = [min(values) for values in seeds], [max(values) for values in seeds]
         axis.fill_between(range(1, epochs + 1), lowest, highest, alpha=0.25, color=line.get_color(), linewidth=0)
