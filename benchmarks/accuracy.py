@@ -110,19 +110,12 @@ def minutes(result):
 
 
 def table(groups):
-    """The README's table: a row a recipe and schedule, accuracies as mean ± standard deviation over the seeds."""
+    """The README's table: a row a recipe and schedule, accuracies in % as mean ± standard deviation over the seeds."""
     milestones = (10, 20, 40)
     baseline = groups.get(("s9", 80), [])
     goal = statistics.mean(result["test_accuracy_percent"] for result in baseline) if baseline else None
-    head = [
-        "recipe",
-        "epochs",
-        "seeds",
-        *(f"after {epoch}" for epoch in milestones),
-        "at the end",
-        "training images, as augmented",
-    ]
-    lines = [[*head, "reaches s9's end after", "minutes in all"]]
+    head = ["recipe", "epochs", "seeds", *(f"after epoch {epoch}" for epoch in milestones), "last", "last, training"]
+    lines = [[*head, "reaches the end of s9", "minutes"]]
     for (recipe, epochs), results in groups.items():
         reached = [first_reaching(result, goal) for result in results] if goal else []
         if reached and None not in reached:
@@ -142,7 +135,7 @@ def table(groups):
 def describe(result):
     """What the runs of a table should have in common."""
     processor, threads, torch_version = result["processor"], result["threads"], result["versions"]["torch"]
-    return f"{result['data']}, {processor}, {threads} threads a run, torch {torch_version}"
+    return f"{result['data']}, {processor}, threads of a run: {threads}, torch {torch_version}"
 
 
 def plain_loop_minutes(device, epochs):
