@@ -4,6 +4,8 @@ This file is the definition of the architecture: read `Model.__init__` top to bo
 README. It knows nothing about data or training, which live in `utils.py`.
 """
 
+import json
+import pathlib
 from collections import OrderedDict
 from dataclasses import dataclass, fields
 
@@ -12,7 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from layers import Conv2d, Dropout
+from runs import load_weights
 
+WEIGHTS = pathlib.Path(__file__).parent / "weights"
 MIN_INPUT_SIZE = 7  # C1 uses up 2 pixels in its first and 4 in its dilated convolution
 
 
@@ -74,6 +78,24 @@ class Model(nn.Module):
         )
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = Conv2d(52, num_classes, 1)
+
+    @classmethod
+    def from_pretrained(cls, name):
+        """The network with the weights `weights/<name>.pt`, "s9" or "tuned", in evaluation mode on the CPU.
+
+        The JSON beside them says by which recipe, on which images and with which versions they were trained, and how
+        accurate they are.
+
+        Raises:
+            ValueError: no weights of that name.
+        """
+        names = sorted(path.stem for path in WEIGHTS.glob("*.pt"))
+        if name not in names:
+            raise ValueError(f"no weights {name!r} in {WEIGHTS}; there is {', '.join(names)}")
+        provenance = json.loads((WEIGHTS / f"{name}.json").read_text())
+        model = cls(dropout_value=provenance["hyperparameters"]["dropout"])
+        model.load_state_dict(load_weights(WEIGHTS / f"{name}.pt"))
+        return model.eval()
 
     def forward(self, x):
         weight = self.classifier.weight

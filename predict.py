@@ -1,11 +1,14 @@
-"""Class names and probabilities for any pictures.
+"""Class names and probabilities for any pictures, in Python or in a terminal.
 
-model.load_state_dict(load_weights("runs/s9/best.pt"))
-predict(model, ["cat.jpg", "truck.png"])
+predict(Model.from_pretrained("tuned"), ["cat.jpg", "truck.png"])
+
+python predict.py cat.jpg truck.png
 """
 
+import argparse
 import contextlib
 import os
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -103,3 +106,24 @@ def _array_as_pil(image, name):
             f"{name} is {image.dtype}{extent}; an array is uint8 from 0 to 255 or floating-point from 0 to 1"
         )
     return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def main():
+    from models import Model  # here, because whoever imports `predict` brings a model
+
+    parser = argparse.ArgumentParser(description="Classify pictures with the weights of the tuned recipe.")
+    parser.add_argument("pictures", nargs="+", metavar="picture", help="an image file of any size")
+    pictures = parser.parse_args().pictures
+    model, failed = Model.from_pretrained("tuned"), False
+    for picture in pictures:
+        try:
+            (prediction,) = predict(model, picture)
+            print(f"{picture}: {prediction.class_name} ({prediction.probability:.1%})")
+        except (OSError, ValueError) as error:
+            print(error, file=sys.stderr)
+            failed = True
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
 """predict.py against pixels worked out here, the transforms of the test loader, and a model whose answer is known."""
 
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 import models
 import utils
 from datasets import CIFAR10_CLASSES
-from predict import predict
+from predict import main, predict
 
 COLOURS = ("red", "green", "blue")
 RNG = np.random.default_rng(0)
@@ -204,3 +205,27 @@ def test_neither_a_picture_nor_a_list(images):
 def test_wrong_number_of_class_names(classes):
     with pytest.raises(ValueError, match=rf"3 outputs.*\b{len(classes)} "):
         predict(MeanColour(), RGB, classes)
+
+
+def test_in_a_terminal_good_pictures_are_classified_and_bad_ones_named(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    model = models.Model().eval()
+    monkeypatch.setattr(models.Model, "from_pretrained", lambda name: {"tuned": model}[name])
+    good, text, absent = (tmp_path / name for name in ("good.png", "text.png", "absent.png"))
+    Image.fromarray(RGB).save(good)
+    text.write_text("not a picture")
+    monkeypatch.setattr(sys, "argv", ["predict.py", str(absent), str(good), str(text)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    printed = capsys.readouterr()
+    (expected,) = predict(model, RGB)
+    assert printed.out == f"{good}: {expected.class_name} ({expected.probability:.1%})\n"
+    assert f"there is no file {absent}" in printed.err and f"{text} is not a picture" in printed.err
+
+
+def test_in_a_terminal_without_pictures_there_is_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["predict.py"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and "usage" in capsys.readouterr().err
