@@ -1,7 +1,7 @@
 """How the tuned recipe was chosen: short runs of many configurations, compared on training images held out.
 
-    python benchmarks/trials.py                 # those that benchmarks/results/trials.csv does not have yet
-    python benchmarks/trials.py "batch 128"     # only this one
+    python benchmarks/trials.py                                  # those that results/trials.csv does not have yet
+    python benchmarks/trials.py --epochs 40 start "cutout 0.3"   # only these, for longer
 
 5,000 training images, the same 500 of every class each time, are for validation; the other 45,000 are trained on. No
 test image is ever looked at. Every trial leaves a row in benchmarks/results/trials.csv, also one that diverged. Beside
@@ -9,6 +9,7 @@ the accuracy of the network itself there is that of its weights averaged over th
 Several processes may take part, each with trials of its own.
 """
 
+import argparse
 import csv
 import pathlib
 import sys
@@ -27,7 +28,7 @@ from recipes import get_recipe
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "trials.csv"
 COLUMNS = ("trial", "epochs", "seed", "train_acc", "validation_acc", "averaged_validation_acc", "minutes", "device")
-EPOCHS, SEED = 10, 1
+SEED = 1
 
 START = {
     "batch_size": 256,
@@ -61,6 +62,7 @@ TRIALS = {  # what replaces which part of START
     "crops from 2 pixels": {"transforms": START["transforms"] | {"crop_padding": 2}},
     "dropout 0.05": {"dropout": 0.05},
     "cutout 0.3": {"transforms": START["transforms"] | {"cutout": 0.3}},
+    "shift_scale_rotate 0.3": {"transforms": START["transforms"] | {"shift_scale_rotate": 0.3}},
     "transforms of s9": {"transforms": get_recipe("s9")["transforms"]},
 }
 
@@ -78,7 +80,7 @@ def average_weights(averaged, current, n):
     get_ema_multi_avg_fn(min(0.999, (1 + n) / (10 + n)))(averaged, current, n)
 
 
-def run_trial(changes, device):
+def run_trial(changes, epochs, device):
     """Train START with changes and return (training, validation, averaged weights' validation accuracy), in %."""
     recipe = START | changes
     kwargs = {"batch_size": recipe["batch_size"]}
@@ -95,13 +97,13 @@ def run_trial(changes, device):
     utils.seed_everything(SEED)
     model = Model(recipe["dropout"]).to(device)
     optimizer = utils.get_optimizer(model, **recipe["optimizer"])
-    schedule = {"epochs": EPOCHS, "steps_per_epoch": len(train_loader)}
+    schedule = {"epochs": epochs, "steps_per_epoch": len(train_loader)}
     scheduler = utils.get_scheduler(optimizer, **recipe["scheduler"], **schedule)
     criterion = utils.get_loss(**recipe["loss"])
     average = AveragedModel(model, multi_avg_fn=average_weights, use_buffers=True)
     optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
     train_losses, train_acc, losses, validation_acc = [], [], [], []
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         utils.train(model, device, train_loader, optimizer, criterion, train_losses, train_acc, scheduler)
     for network in (model, average):
         utils.test(network, device, validation_loader, criterion, losses, validation_acc)
@@ -109,26 +111,31 @@ def run_trial(changes, device):
 
 
 def main():
-    chosen = sys.argv[1:] or list(TRIALS)
-    if unknown := [name for name in chosen if name not in TRIALS]:
-        sys.exit(f"unknown trial {unknown[0]!r}; there is {', '.join(TRIALS)}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trials", nargs="*", help=f"by default all: {', '.join(TRIALS)}")
+    parser.add_argument("--epochs", type=int, default=10)
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.trials if name not in TRIALS]:
+        parser.error(f"unknown trial {unknown[0]!r}; there is {', '.join(TRIALS)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     RESULTS.parent.mkdir(exist_ok=True)
     if not RESULTS.exists():
         RESULTS.write_text(",".join(COLUMNS) + "\n")
-    for name in chosen:
+    for name in arguments.trials or TRIALS:
         with RESULTS.open(newline="") as file:
-            if any(row["trial"] == name for row in csv.DictReader(file)):
+            if any((row["trial"], row["epochs"]) == (name, str(arguments.epochs)) for row in csv.DictReader(file)):
                 continue
         print(name, flush=True)
         start = time.perf_counter()
         try:
-            accuracies = [round(value, 2) for value in run_trial(TRIALS[name], device)]
+            accuracies = [round(value, 2) for value in run_trial(TRIALS[name], arguments.epochs, device)]
         except FloatingPointError:
             accuracies = ["diverged"] * 3
         minutes = round((time.perf_counter() - start) / 60, 1)
         with RESULTS.open("a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow([name, EPOCHS, SEED, *accuracies, minutes, device.type])
+            csv.writer(file, lineterminator="\n").writerow(
+                [name, arguments.epochs, SEED, *accuracies, minutes, device.type]
+            )
 
 
 if __name__ == "__main__":
