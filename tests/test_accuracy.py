@@ -75,6 +75,24 @@ def test_plot(groups, tmp_path):
     plt.close("all")
 
 
+def test_ship_weights_copies_a_finished_run_and_says_where_it_comes_from(groups, tmp_path, monkeypatch):
+    for place in ("ROOT", "RESULTS", "RUNS"):
+        (tmp_path / place).mkdir()
+        monkeypatch.setattr(accuracy, place, tmp_path / place)
+    finished = groups["s9", 80][0]
+    (tmp_path / "RESULTS" / "s9-epochs80-seed4.json").write_text(json.dumps(finished))
+    with pytest.raises(SystemExit, match="the weights of s9-epochs80-seed4 are gone"):
+        accuracy.ship_weights("s9", 4)
+    assert not (tmp_path / "ROOT" / "weights").exists()
+
+    (tmp_path / "RUNS" / "s9-epochs80-seed4").mkdir()
+    (tmp_path / "RUNS" / "s9-epochs80-seed4" / "last.pt").write_bytes(b"trained")
+    accuracy.ship_weights("s9", 4)
+    assert (tmp_path / "ROOT" / "weights" / "s9.pt").read_bytes() == b"trained"
+    shipped = json.loads((tmp_path / "ROOT" / "weights" / "s9.json").read_text())
+    assert shipped == {key: value for key, value in finished.items() if key != "history"}
+
+
 def test_the_tuned_recipe_is_the_trial_chosen_and_no_other_was_better():
     assert RECIPES["tuned"] == {"epochs": 80} | trials.START | trials.TRIALS[trials.CHOSEN]
     with trials.RESULTS.open(newline="") as file:
