@@ -4,7 +4,7 @@
     python benchmarks/speed.py --train-images 50000 --test-images 10000 --repeats 3     # whole epochs, for a GPU
 
 The variants take turns within each repeat, so that a noisy machine disturbs them alike, and the median counts. Prints
-the tables of the README and writes benchmarks/results/speed-<device>.json.
+the tables of the README and writes benchmarks/results/speed-<processor>-<type computed in>.json.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import io
 import json
 import pathlib
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -277,7 +278,8 @@ def main():
         "seconds_from_import_to_first_batch": start_up,
         "seconds_of_compiling": compiling,
     }
-    path = pathlib.Path(__file__).parent / "results" / f"speed-{device.type}.json"
+    name = re.sub(r"\W+", "-", f"speed {result['device']} {str(dtype).removeprefix('torch.')}".lower())
+    path = pathlib.Path(__file__).parent / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     utils.write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
 
