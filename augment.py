@@ -7,6 +7,7 @@ from the pipeline's own state, which repeats itself in loader workers (Albumenta
 """
 
 import os
+from collections.abc import Sequence
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or importing it asks the network for newer versions
 
@@ -21,7 +22,7 @@ from torch.utils.data import Dataset, Sampler
 class ShiftScaleRotate(A.ImageOnlyTransform):
     """Shift, scale and rotate about the centre, as `ShiftScaleRotate` of Albumentations 1.3.1 did it.
 
-    `A.Affine`, which took its place, shifts by whole pixels only and fills the border with black.
+    `A.Affine`, which took its place, shifts by whole pixels only, and fills the border with black unless told to.
 
     Args:
         shift_limit: largest shift as a fraction of the side, drawn for each axis from (-shift_limit, shift_limit).
@@ -78,6 +79,8 @@ def augment_batch(pipeline, images, rng):
     plain = type(pipeline) is A.Compose and pipeline.p == 1
     for transform in pipeline.transforms if plain else [pipeline]:
         images = BATCHED.get(type(transform), _image_by_image)(transform, images, rng)
+    if images.dtype == np.float64:  # as some of A.Normalize's variants make it
+        images = images.astype(np.float32)
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
@@ -179,8 +182,9 @@ def _image_by_image(transform, images, rng):
 
 
 def _as_array(image):
-    """Undo a ToTensorV2 inside a nested pipeline: H, W, 3 again."""
-    return image.permute(1, 2, 0).numpy() if isinstance(image, torch.Tensor) else image
+    """(H, W, C) again, of the tensor of a ToTensorV2 inside a nested pipeline or of a grey (H, W)."""
+    image = image.permute(1, 2, 0).numpy() if isinstance(image, torch.Tensor) else image
+    return image[..., None] if image.ndim == 2 else image
 
 
 class ImageBatches(Dataset):
@@ -198,8 +202,7 @@ class ImageBatches(Dataset):
         return len(self.images)
 
     def __getitem__(self, key):
-        images, labels = self.__getitems__([key])
-        return images[0], int(labels[0])
+        return self.__getitems__([key])[0]
 
     def __getitems__(self, keys):
         if not isinstance(keys[0], tuple):  # not from SeededSampler: somebody looks at single samples
@@ -209,7 +212,20 @@ class ImageBatches(Dataset):
         _, seed, position = keys[0]
         rng = np.random.default_rng((seed, position))
         images = augment_batch(self.transforms, self.images[indices], rng)
-        return images, torch.from_numpy(self.labels[indices])
+        return Batch(images, torch.from_numpy(self.labels[indices]))
+
+
+class Batch(Sequence):
+    """What the samples of a batch are, (image, label) each, to any `collate_fn`; `as_batch` takes the whole."""
+
+    def __init__(self, images, labels):
+        self.images, self.labels = images, labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return self.images[index], int(self.labels[index])
 
 
 class SeededSampler(Sampler):
@@ -235,10 +251,5 @@ class SeededSampler(Sampler):
 
 
 def as_batch(batch):
-    """The `collate_fn` for what is a batch already."""
-    return batch
-
-
-def collate_samples(collate_fn, batch):
-    """Hand a batch to a `collate_fn` that expects a list of samples."""
-    return collate_fn(list(zip(*batch)))
+    """The `collate_fn` that leaves a `Batch` as it is: (images, labels)."""
+    return batch.images, batch.labels

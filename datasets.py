@@ -21,6 +21,7 @@ import download
 
 DATASETS = ("cifar10", "digits")
 SPLITS = ("train", "test")
+SUFFIXES = (".png", ".jpg", ".jpeg")
 IMAGE_SIZE = 32
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # of the training images, per channel, on the scale 0 to 1
@@ -51,20 +52,18 @@ def load_images(dataset: str, split: str, root: str | os.PathLike | None = None)
 
     "digits" is scikit-learn's 1,797 8x8 handwritten digits, enlarged: no download, a sample to try things on.
 
-    Parameters
-    ----------
-    dataset : "cifar10" or "digits"
-    split : "train" or "test"
-    root : folder of the data; by default the environment variable CIFAR10_ROOT, else ./data. "digits" needs none.
+    Args:
+        dataset: "cifar10" or "digits".
+        split: "train" or "test".
+        root: folder of the data; by default the environment variable CIFAR10_ROOT, else ./data. "digits" needs none.
 
-    Returns
-    -------
-    ImageSet : images uint8 (N, 32, 32, 3) in RGB, labels int64 (N,), always in the same order.
+    Returns:
+        ImageSet: images uint8 (N, 32, 32, 3) in RGB, labels int64 (N,), always in the same order.
 
-    Raises
-    ------
-    ValueError : unknown dataset or split, or data that is incomplete or damaged (the message names the files)
-    download.DownloadError : the archive could not be downloaded, or is not the official one
+    Raises:
+        ValueError: unknown dataset or split, images in other folders than train and test, or data that is incomplete
+            or damaged (the message names the files).
+        download.DownloadError: the archive could not be downloaded, or is not the official one.
 
     Source: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
     """
@@ -80,6 +79,11 @@ def load_images(dataset: str, split: str, root: str | os.PathLike | None = None)
     # One of the two is enough to choose the folder: a lost test folder should be an error, not a surprise download.
     elif (root / "train").is_dir() or (root / "test").is_dir():
         loaded = _load_folder(root, split)
+    elif misplaced := _misplaced(root):
+        raise ValueError(
+            f"{root} has no folders train and test, but {_some(misplaced)}; images of your own go into "
+            f"{root}/train/<class>/ and {root}/test/<class>/. For CIFAR-10, set CIFAR10_ROOT to another folder"
+        )
     else:
         loaded = _load_official(root, split)
     print(f"{split}: {len(loaded.labels):,} images in {len(loaded.classes)} classes from {loaded.source}")
@@ -87,6 +91,19 @@ def load_images(dataset: str, split: str, root: str | os.PathLike | None = None)
 
 
 # ---- a folder of images ----------------------------------------------------------------------------------------
+
+
+def _misplaced(root: Path) -> list[str]:
+    """Folders of root that look like somebody's own images but are not train and test."""
+    entries = _scan(root) if root.is_dir() else []
+    if any(entry.name.startswith("cifar-10") for entry in entries):
+        return []
+    folders = [entry for entry in entries if entry.is_dir()]
+    return [
+        folder.name
+        for folder in folders
+        if folder.name.lower() in SPLITS or any(entry.name.lower().endswith(SUFFIXES) for entry in _scan(folder))
+    ]
 
 
 def _load_folder(root: Path, split: str) -> ImageSet:
@@ -129,7 +146,7 @@ def _list_images(folder: Path, classes: tuple[str, ...]) -> tuple[list[str], np.
         before = len(files)
         for entry in _scan(folder / name):
             file = f"{name}/{entry.name}"
-            if not (entry.is_file() and entry.name.lower().endswith((".png", ".jpg", ".jpeg"))):
+            if not (entry.is_file() and entry.name.lower().endswith(SUFFIXES)):
                 stray.append(file)
                 continue
             files.append(file)
@@ -182,14 +199,24 @@ def _decode(folder: Path, files: list[str]) -> np.ndarray:
 def to_rgb(image: Image.Image, size: int = IMAGE_SIZE) -> np.ndarray:
     """Bring a PIL image of any mode and size to uint8 (size, size, 3).
 
-    Transparency goes over white, 16-bit grey is scaled to 8 bits, a camera's rotation tag is applied, and another size
-    is resized with antialiased bilinear (not cropped, so a picture that is not square is squeezed).
+    Transparency goes over white, 16-bit and floating-point grey is scaled to 8 bits, a camera's rotation tag is
+    applied, and another size is resized with antialiased bilinear (not cropped, so a picture that is not square is
+    squeezed).
+
+    Raises:
+        ValueError: a picture without pixels, or a floating-point one that is not from 0 to 1.
     """
     if not isinstance(image, Image.Image):
         raise TypeError(f"image is a {type(image).__name__}; it must be a PIL image")
+    if 0 in image.size:
+        raise ValueError(f"the picture has no pixels, its size is {image.width}x{image.height}")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip at 255 instead of scaling
-        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) / 257).round().astype(np.uint8))
+    if image.mode[0] in "IF":  # 16 or 32 bits, or floats: convert("RGB") would clip them at 255 instead of scaling
+        grey = np.asarray(image)
+        if image.mode == "F" and not (grey.min() >= 0 and grey.max() <= 1):  # false for NaN too
+            raise ValueError(f"the picture is floating-point from {grey.min()} to {grey.max()}; it must be from 0 to 1")
+        whole = 1 if image.mode == "F" else 255 if image.mode == "I" and grey.max() <= 255 else 65535
+        image = Image.fromarray((np.clip(grey, 0, whole) * (255 / whole)).round().astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

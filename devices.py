@@ -7,7 +7,11 @@ import torch
 
 
 def autocast_dtype(device):
-    """The type to compute in: bfloat16 where the device multiplies it natively, float16 on older GPUs, else float32."""
+    """The type to compute in: bfloat16 where the device multiplies it natively, float16 on older GPUs, else float32.
+
+    device: a `torch.device`, or its name.
+    """
+    device = torch.device(device)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if device.type == "cpu" and _cpu_has_bfloat16():

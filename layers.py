@@ -1,7 +1,8 @@
-"""Two layers of torch.nn made faster on a CPU; everywhere else, and for every other purpose, they are torch's own.
+"""Two layers of torch.nn made faster on a CPU; everywhere else they are torch's own.
 
 Both keep the class name, the parameters and the meaning of the layer that they extend, so that torchsummary, state
-dicts and users see an ordinary `Dropout` and `Conv2d`.
+dicts and users see an ordinary `Dropout` and `Conv2d`. The transforms of torch.func, such as vmap, do not know the
+fast dropout; they take the network in evaluation mode, or with torch's own layer in its place.
 """
 
 import functools
@@ -44,7 +45,9 @@ class Dropout(nn.Dropout):
         super().__init__(p, inplace)
 
     def forward(self, x):
-        if self.training and 0 < self.p < 1 and not self.inplace and x.device.type == "cpu" and x.is_floating_point():
+        # Nearer to 1, the table of quantiles is too coarse for the last survivors.
+        suits = self.training and 0 < self.p < 0.99 and not self.inplace
+        if suits and x.device.type == "cpu" and x.is_floating_point():
             return _DropPositions.apply(x, self.p)
         return super().forward(x)
 

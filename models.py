@@ -1,7 +1,7 @@
 """The S9 network for CIFAR-10 (`Model`) and the arithmetic of what it sees (`receptive_field`).
 
 This file is the definition of the architecture: read `Model.__init__` top to bottom and you have the table of the
-README. It knows nothing about data or training, which live in `utils.py`.
+README. Data and training live in `utils.py`; of them it knows only the trained weights in `weights/`.
 """
 
 import json
@@ -87,14 +87,20 @@ class Model(nn.Module):
         accurate they are.
 
         Raises:
-            ValueError: no weights of that name.
+            ValueError: no weights of that name, or a network that was changed since they were trained.
         """
         names = sorted(path.stem for path in WEIGHTS.glob("*.pt"))
         if name not in names:
             raise ValueError(f"no weights {name!r} in {WEIGHTS}; there is {', '.join(names)}")
         provenance = json.loads((WEIGHTS / f"{name}.json").read_text())
         model = cls(dropout_value=provenance["hyperparameters"]["dropout"])
-        model.load_state_dict(load_weights(WEIGHTS / f"{name}.pt"))
+        try:
+            model.load_state_dict(load_weights(WEIGHTS / f"{name}.pt"))
+        except RuntimeError:
+            raise ValueError(
+                f"the weights {name!r} do not fit the network, which was changed after they were trained; train it "
+                "anew, and load_state_dict the weights of that run"
+            ) from None
         return model.eval()
 
     def forward(self, x):
@@ -206,7 +212,7 @@ def receptive_field(model, input_size=32):
     constants = {name: parameter.detach() for name, parameter in model.named_parameters()}
     try:
         model.eval()
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             output = torch.func.functional_call(model, constants, (x.clone(),))
     except (RuntimeError, TypeError) as error:
         reason = str(error).split("\n")[0]
@@ -242,10 +248,11 @@ def receptive_field(model, input_size=32):
             jump *= stride
         summary_row = f"{type(module).__name__}-{number}"
         rows.append(ReceptiveFieldRow(name, summary_row, kernel, stride, padding, dilation, groups, size, jump, field))
-    if layers_run > len(rows):
+    if layers_run != len(rows):
         raise ValueError(
-            f"receptive_field cannot trace a convolution or pooling outside any module: {layers_run} ran, and "
-            f"{len(rows)} are modules; write each as one (nn.MaxPool2d, not F.max_pool2d)"
+            f"receptive_field cannot trace a convolution or pooling outside any module, or one that is detached: "
+            f"{layers_run} lie between input and output, and {len(rows)} modules ran; write each as a module "
+            "(nn.MaxPool2d, not F.max_pool2d), and detach nothing"
         )
     return rows
 
@@ -288,6 +295,8 @@ def _geometry(name, module, side_in):
         return side_in, 1, 0, 1, 1
     activation = type(module).__module__ == nn.ReLU.__module__ and not isinstance(module, nn.MultiheadAttention)
     if activation or isinstance(module, ELEMENTWISE + AFTER_THE_IMAGE):
+        if isinstance(module, nn.Linear) and side_in > 1:
+            raise ValueError(f"receptive_field cannot trace {name!r}: a Linear layer along the rows of an image")
         return None, None, None, None, None
     raise ValueError(
         f"receptive_field cannot trace {name!r}, a {type(module).__name__}: it knows Conv2d, max, average and global "
@@ -312,7 +321,7 @@ def _count_layers_of_chain(output):
     """
     node, layers_run = output.grad_fn, 0
     while node is not None:
-        layers_run += any(kind in node.name() for kind in ("Convolution", "MaxPool", "AvgPool"))
+        layers_run += any(kind in node.name() for kind in ("Convolution", "MaxPool", "AvgPool", "Mean"))  # Mean: global
         parents = list({parent for parent, _ in node.next_functions if parent is not None})  # a stack names one twice
         if len(parents) > 1:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import torch
 from torch import nn, optim
 
@@ -26,6 +27,7 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
     """Any optimizer of `torch.optim` by name; momentum goes to those that take one, options to all.
 
     Args:
+        lr, momentum: the same defaults for every optimizer, whatever its own are.
         weight_decay: by default the optimizer's own.
         decay: which parameters the weight decay applies to, "all", or "weights": those of convolutions and linear
             layers, but neither biases nor the scales and shifts of normalisation.
@@ -57,20 +59,23 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
     return optimizer(groups, lr=lr, **options)
 
 
+IN_EPOCHS = {"T_max", "T_0", "total_iters", "milestones"}  # options of schedulers that torch counts in steps
+
+
 def get_scheduler(optimizer, step_size=10, gamma=0.1, name="StepLR", epochs=None, steps_per_epoch=1, **options):
     """A scheduler of `torch.optim.lr_scheduler` by name.
 
     Args:
-        step_size, gamma: go to the schedulers that take them; step_size counts epochs.
-        epochs: length of the run, for the schedulers that take it, such as OneCycleLR, whose max_lr is by default the
-            learning rate of the optimizer.
+        step_size, gamma: go to the schedulers that take them; step_size counts epochs, as do T_max, T_0, total_iters
+            and milestones among the options.
+        epochs: length of the run, for OneCycleLR, whose max_lr is by default the learning rate of the optimizer; T_max
+            and total_iters by default.
         steps_per_epoch: 1 for a scheduler to be stepped after every epoch; the number of batches, `len(train_loader)`,
             for one to be stepped after every batch, as `train` does with the scheduler that it is given.
 
     Raises:
         ValueError: unknown name, a step_size or steps_per_epoch below 1, a negative gamma, a run too short for
-            OneCycleLR, or a scheduler that counts neither epochs nor step_size and so cannot be stepped after every
-            batch.
+            OneCycleLR, or a scheduler that has no length in epochs and so cannot be stepped after every batch.
     """
     base = optim.lr_scheduler.LRScheduler
     scheduler = _named(name, "scheduler", _classes(optim.lr_scheduler, base))
@@ -79,10 +84,14 @@ def get_scheduler(optimizer, step_size=10, gamma=0.1, name="StepLR", epochs=None
         raise ValueError(f"step_size is {step_size} and gamma {gamma}; they must be at least 1 epoch and not negative")
     if steps_per_epoch < 1:
         raise ValueError(f"steps_per_epoch is {steps_per_epoch}; it must be 1, or the number of batches of an epoch")
-    if steps_per_epoch > 1 and not {"step_size", "steps_per_epoch"} & taken.keys():
+    if steps_per_epoch > 1 and not {"step_size", "steps_per_epoch", *IN_EPOCHS} & taken.keys():
         raise ValueError(
             f"{name} counts its steps by itself; give what it counts in batches, and leave steps_per_epoch at 1"
         )
+    if epochs:
+        options = {key: epochs for key in ("T_max", "total_iters") if key in taken} | options
+    for key in IN_EPOCHS & options.keys():
+        options[key] = (np.array(options[key]) * steps_per_epoch).tolist()
     if "pct_start" in taken and epochs and epochs * steps_per_epoch * options.get("pct_start", 0.3) <= 1:
         raise ValueError(
             f"{epochs} epochs of {steps_per_epoch} batches are too few for {name} to rise and fall; train longer, or "

@@ -37,7 +37,7 @@ def predict(model, images, classes=CIFAR10_CLASSES):
         model: returns (N, classes) scores or log-probabilities for normalised float32 (N, 3, 32, 32), on any device.
         images: one picture or a list of them. A picture is a file name, a PIL image, or an array (H, W), (H, W, 1),
             (H, W, 3) or (H, W, 4), uint8 from 0 to 255 or floating-point from 0 to 1.
-        classes: class names in the order of the model's outputs.
+        classes: class names in the order of the model's outputs, or {name: output}, as the loaders give them.
 
     Returns:
         A list of `Prediction`, one a picture, with probabilities that sum to 1.
@@ -45,24 +45,27 @@ def predict(model, images, classes=CIFAR10_CLASSES):
     Raises:
         FileNotFoundError, ValueError, TypeError: something that is not a picture; says which.
     """
+    classes = sorted(classes, key=classes.get) if isinstance(classes, dict) else list(classes)
     if isinstance(images, (str, os.PathLike, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):
-        images = [images]
-    elif not isinstance(images, (list, tuple, np.ndarray)):
+        pixels = [_as_rgb(images, "images")]
+    elif isinstance(images, (list, tuple, np.ndarray)):
+        pixels = [_as_rgb(image, f"images[{index}]") for index, image in enumerate(images)]
+    else:
         raise TypeError(f"images is a {type(images).__name__}; give a picture ({PICTURE}) or a list of pictures")
-    if not len(images):
+    if not pixels:
         return []
-    pixels = np.stack([_as_rgb(image, f"images[{index}]") for index, image in enumerate(images)])
-    normalised = (pixels.astype(np.float32) / 255 - np.float32(CIFAR10_MEAN)) / np.float32(CIFAR10_STD)
-    device = next((parameter.device for parameter in model.parameters()), "cpu")
+    normalised = (np.stack(pixels).astype(np.float32) / 255 - np.float32(CIFAR10_MEAN)) / np.float32(CIFAR10_STD)
+    batches = torch.from_numpy(normalised).permute(0, 3, 1, 2).split(256)  # memory for 256 at a time
+    parameter = next(model.parameters(), torch.empty(0))
     with evaluation_mode(model):
-        scores = model(torch.from_numpy(normalised).permute(0, 3, 1, 2).to(device))
-    if scores.isnan().any():
-        raise ValueError("the model's scores are nan; its weights are not finite, so load good ones")
+        scores = torch.cat([model(batch.to(parameter)).float() for batch in batches])
+    if not scores.softmax(dim=1).isfinite().all():
+        raise ValueError("the model's scores are not finite; its weights are not finite, so load good ones")
     if scores.shape[1] != len(classes):
         raise ValueError(f"the model has {scores.shape[1]} outputs and {len(classes)} class names were given")
     return [
         Prediction(classes[int(np.argmax(row))], float(max(row)), dict(zip(classes, row)))
-        for row in scores.float().softmax(dim=1).tolist()
+        for row in scores.softmax(dim=1).tolist()
     ]
 
 
@@ -114,7 +117,10 @@ def main():
     parser = argparse.ArgumentParser(description="Classify pictures with the weights of the tuned recipe.")
     parser.add_argument("pictures", nargs="+", metavar="picture", help="an image file of any size")
     pictures = parser.parse_args().pictures
-    model, failed = Model.from_pretrained("tuned"), False
+    try:
+        model, failed = Model.from_pretrained("tuned"), False
+    except ValueError as error:
+        sys.exit(error)
     for picture in pictures:
         try:
             (prediction,) = predict(model, picture)

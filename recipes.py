@@ -33,6 +33,7 @@ RECIPES = {
         },
         # Linearly up to lr in the first fifth of the batches, and linearly down to nothing.
         "scheduler": {"name": "OneCycleLR", "pct_start": 0.2, "anneal_strategy": "linear", "cycle_momentum": False},
+        # cross_entropy applies log_softmax to the log-probabilities once more, which changes nothing.
         "loss": {"name": "cross_entropy", "label_smoothing": 0.1},
     },
 }

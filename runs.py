@@ -23,17 +23,27 @@ import pickle
 import platform
 import random
 import time
+import weakref
 import zipfile
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import zip_longest
 
 import filelock
 import numpy as np
 import torch
 
 COLUMNS = ("train_loss", "train_acc", "test_loss", "test_acc")
-CHECKPOINT = ("hyperparameters", "kinds", "model", "optimizer", "scheduler", "random", "history", "best")
+CHECKPOINT = ("hyperparameters", "kinds", "network", "model", "optimizer", "scheduler", "random", "history", "best")
 MAY_CHANGE = ("epochs",)  # hyperparameters that leave a checkpoint meaningful
+KINDS = {
+    "optimizer": "the optimizer",
+    "optimizer_parameters": "the number of parameters of the optimizer",
+    "scheduler": "the scheduler",
+    "total_steps": "the length of the schedule in batches, which EPOCHS and the number of images decide,",
+}
+
+_STARTS = weakref.WeakKeyDictionary()  # {model: {folder: weights and random state before the first epoch}}
 
 
 def seed_everything(seed):
@@ -63,7 +73,7 @@ def write_atomically(path, data):
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        reason = f"could not write {path}: {error.strerror}. What was there before is intact; make room and go on"
+        reason = f"could not write {path}: {error.strerror}. What was there before is intact"
         raise OSError(error.errno, reason) from None
     finally:
         with contextlib.suppress(OSError):  # a read-only disk refuses this too, and has had its error
@@ -112,8 +122,7 @@ class Run:
             raise ValueError(f"run name {name!r} must be a plain directory name, without separators")
         self.name, self.data = name, data
         self._history = None  # resume sets it, and what it belongs to
-        self._start = None  # model, weights and random state before the first epoch
-        self.folder = pathlib.Path(root) / name
+        self.folder = pathlib.Path(root).absolute() / name  # a later chdir must not lose an epoch
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # One lock a process and path, so that a notebook cell can be run again.
@@ -121,7 +130,8 @@ class Run:
             self._lock.acquire()
         except filelock.Timeout:
             raise RuntimeError(
-                f"another process trains the run {name!r} in {self.folder}; wait for it, or choose another RUN_NAME"
+                f"another process holds the run {name!r} in {self.folder}, perhaps a notebook that is still open; "
+                "end it or wait for it, or choose another RUN_NAME"
             ) from None
         except OSError as error:
             raise OSError(
@@ -163,12 +173,15 @@ class Run:
         self._start_epoch()
         checkpoint_path = self / "checkpoint.pt"
         if not checkpoint_path.exists():
-            if self._start is None or self._start[0] is not model:
-                self._start = model, copy.deepcopy(model.state_dict()), _random_state()
+            starts = _STARTS.setdefault(model, {})
+            if self.folder not in starts:
+                starts[self.folder] = copy.deepcopy(model.state_dict()), _random_state()
+                print(f"{self.folder}: a new run")
             else:  # stopped in its first epoch and started again from the same notebook: not with half-trained weights
-                model.load_state_dict(self._start[1])
-                _set_random_state(self._start[2])
-            print(f"{self.folder}: a new run")
+                weights, random_state = starts[self.folder]
+                model.load_state_dict(weights)
+                _set_random_state(random_state)
+                print(f"{self.folder}: a new run, once more from the weights that this model had at its start")
             return [], [], [], []
         checkpoint = load_weights(checkpoint_path)
         missing = [key for key in CHECKPOINT if key not in checkpoint] if isinstance(checkpoint, dict) else CHECKPOINT
@@ -216,6 +229,7 @@ class Run:
         checkpoint = {
             "hyperparameters": self.hyperparameters,
             "kinds": self._kinds(),
+            "network": repr(self._model),
             "model": weights,
             "optimizer": self._optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict() if self._scheduler else None,
@@ -262,14 +276,12 @@ class Run:
         write_atomically(self / "best.pt", _serialized(best["weights"]))
 
     def _kinds(self):
-        """What the states of optimizer and scheduler fit."""
+        """What the states of optimizer and scheduler fit, by the keys of KINDS."""
         return {
             "optimizer": type(self._optimizer).__name__,
-            "number of parameters of the optimizer": sum(len(g["params"]) for g in self._optimizer.param_groups),
+            "optimizer_parameters": sum(len(group["params"]) for group in self._optimizer.param_groups),
             "scheduler": type(self._scheduler).__name__ if self._scheduler else None,
-            "length of the schedule in batches, which EPOCHS and the number of images decide,": getattr(
-                self._scheduler, "total_steps", None
-            ),
+            "total_steps": getattr(self._scheduler, "total_steps", None),
         }
 
     def _refuse_other_run(self, checkpoint):
@@ -280,7 +292,7 @@ class Run:
             if key not in MAY_CHANGE and saved.get(key) != given.get(key)
         ]
         differences += [
-            f"the {what} was {checkpoint['kinds'].get(what)} and is {kind}"
+            f"{KINDS[what]} was {checkpoint['kinds'].get(what)} and is {kind}"
             for what, kind in self._kinds().items()
             if checkpoint["kinds"].get(what) != kind
         ]
@@ -291,6 +303,8 @@ class Run:
             for name in sorted(shapes.keys() | now.keys())
             if shapes.get(name) != now.get(name)
         ]
+        layers = zip_longest(checkpoint["network"].splitlines(), repr(self._model).splitlines(), fillvalue="nothing")
+        differences += [f"a layer was {then.strip()} and is {now.strip()}" for then, now in layers if then != now]
         if differences:
             more = f", and {len(differences) - 5} more differences" if len(differences) > 5 else ""
             raise ValueError(

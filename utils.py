@@ -4,7 +4,6 @@ A batch goes from file to loss through `datasets.load_images` (files to one arra
 normalised batch) and `train` (batch to loss). The network itself is in `models.py`, and neither file knows the other.
 """
 
-import functools
 import io
 import math
 import operator
@@ -21,7 +20,7 @@ from torch import optim
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm.auto import tqdm
 
-from augment import A, ImageBatches, SeededSampler, ShiftScaleRotate, ToTensorV2, as_batch, collate_samples
+from augment import A, ImageBatches, SeededSampler, ShiftScaleRotate, ToTensorV2, as_batch
 from datasets import CIFAR10_MEAN, CIFAR10_STD, load_images
 from devices import autocast_dtype, keep_freed_memory
 from optimization import get_loss, get_optimizer, get_scheduler
@@ -128,7 +127,8 @@ def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", ro
     options = {} if kwargs is None else kwargs
     if not isinstance(options, dict) or not isinstance(options.get("num_workers", 0), int):
         raise TypeError(
-            f"kwargs is {kwargs!r}; it must be a dict of DataLoader arguments, such as {{'batch_size': 256}}"
+            f"kwargs is {kwargs!r}; it must be a dict of DataLoader arguments, such as {{'batch_size': 256}}, and "
+            "num_workers in it a whole number"
         )
     options = dict(options)
     if transforms is None:
@@ -143,17 +143,15 @@ def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", ro
     options["pin_memory"] = bool(options.get("pin_memory", cuda)) and cuda  # without a GPU it only warns
     if options["num_workers"] > 0:
         options.setdefault("persistent_workers", True)
-    if collate_fn := options.get("collate_fn"):
-        options["collate_fn"] = functools.partial(collate_samples, collate_fn)
-    else:
-        options["collate_fn"] = as_batch
+    if options.get("batch_size", 1) is not None:
+        options.setdefault("collate_fn", as_batch)
 
     generator = options.get("generator")
     shuffle = options.pop("shuffle", None)
-    if shuffle and (options.get("sampler") or options.get("batch_sampler")):
+    if shuffle and not (options.get("sampler") is options.get("batch_sampler") is None):
         raise ValueError("kwargs give shuffle=True beside a sampler or batch_sampler; give one of them")
-    if batch_sampler := options.get("batch_sampler"):
-        options["batch_sampler"] = SeededSampler(batch_sampler, generator)
+    if options.get("batch_sampler") is not None:
+        options["batch_sampler"] = SeededSampler(options["batch_sampler"], generator)
     else:
         sampler = options.get("sampler")
         if sampler is None:
@@ -177,12 +175,14 @@ def GetCorrectPredCount(pPrediction, pLabels):
     """Number of correct predictions, an int.
 
     Args:
-        pPrediction: class indices (N,), or scores (N, classes), of which the largest counts.
+        pPrediction: class indices (N,) or (N, 1), or scores (N, classes), of which the largest counts.
         pLabels: class indices (N,).
     """
     if not (isinstance(pPrediction, torch.Tensor) and isinstance(pLabels, torch.Tensor)):
         kinds = f"{type(pPrediction).__name__} and {type(pLabels).__name__}"
         raise TypeError(f"GetCorrectPredCount got {kinds}; give tensors")
+    if pPrediction.ndim == 2 and pPrediction.shape[1] == 1 and not pPrediction.is_floating_point():
+        pPrediction = pPrediction[:, 0]  # of argmax(dim=1, keepdim=True)
     scores = pPrediction.ndim == 2 and pPrediction.shape[1] > 0
     indices = pPrediction.argmax(dim=1) if scores else pPrediction
     if pLabels.ndim != 1 or indices.shape != pLabels.shape or indices.device != pLabels.device:
@@ -234,6 +234,9 @@ def _forward(model, device, images, labels, criterion):
     dtype = autocast_dtype(device)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         scores = model(images)
+    if not isinstance(scores, torch.Tensor) or scores.ndim != 2:
+        got = f"of shape {tuple(scores.shape)}" if isinstance(scores, torch.Tensor) else type(scores).__name__
+        raise TypeError(f"the model returned a {got}; train and test take one that returns scores (N, classes)")
     if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < scores.shape[1]:
         raise ValueError(
             f"the loader gave labels from {int(labels.min())} to {int(labels.max())}; the model has {scores.shape[1]} "
@@ -262,20 +265,32 @@ def _checked(batch):
     return images, labels
 
 
-def _prepare(model, device, criterion):
+def _prepare(model, device, criterion, losses, accuracies):
     """The model in channels_last memory, and the device as torch.device; they must agree."""
     device = torch.device(device)
-    if not callable(criterion):
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is {model!r}; it must be a network, an instance of nn.Module")
+    if not callable(criterion) or isinstance(criterion, type):
         raise TypeError(f"criterion is {criterion!r}; it must be a loss function, such as get_loss() returns")
+    if (reduction := getattr(criterion, "reduction", "mean")) != "mean":
+        raise ValueError(f"the criterion's reduction is {reduction!r}; it must be the 'mean' over a batch")
+    if not (hasattr(losses, "append") and hasattr(accuracies, "append")):
+        kinds = f"{type(losses).__name__} and {type(accuracies).__name__}"
+        raise TypeError(f"losses and accuracies are appended to lists, and those given are {kinds}")
     parameter = next(model.parameters(), None)
     if parameter is not None and parameter.device.type != device.type:
         raise ValueError(
             f"the model is on {parameter.device} and the device given is {device}; move one: model.to({str(device)!r})"
         )
+    if parameter is not None and parameter.dtype != torch.float32:
+        raise ValueError(
+            f"the model's weights are {parameter.dtype}; keep them in float32, with model.float(), and what is faster "
+            "in half precision is computed in it"
+        )
     if device.type == "cpu":
         keep_freed_memory()
     elif device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # batches have one shape, so finding its fastest kernels pays
+        torch.backends.cudnn.benchmark = True  # nearly all batches have one shape, so finding its fastest kernels pays
     return model.to(memory_format=torch.channels_last), device
 
 
@@ -295,17 +310,36 @@ def _report(epoch, split, loss, accuracy, seconds, loader):
 def train(model, device, train_loader, optimizer, criterion, train_losses, train_acc, scheduler=None):
     """Train for one epoch and append its mean loss per sample and its accuracy in % to the two lists.
 
-    A scheduler given here is stepped after every batch, see `get_scheduler`; one that counts epochs, the caller steps.
-    Computes in `autocast_dtype(device)`; prints a line, and shows a progress bar in a notebook or a terminal.
+    Computes in `autocast_dtype(device)`, with the model in channels_last memory from then on; prints a line, and shows
+    a progress bar in a notebook or a terminal.
+
+    Args:
+        model: returns (N, classes) scores or log-probabilities, as the criterion takes them.
+        device: where the model is, a `torch.device` or its name.
+        train_loader: gives (images float32 (N, channels, H, W), labels int64 (N,)).
+        criterion: (scores float32 (N, classes), labels) -> the batch's mean loss.
+        scheduler: stepped after every batch, see `get_scheduler`; one that counts epochs, the caller steps.
 
     Raises:
         ValueError: an empty loader, labels that the model has no class for, a model on another device.
+        TypeError: batches that are no pair of tensors, or a scheduler that cannot be stepped after a batch.
         FloatingPointError: a loss that is not finite; names the epoch and the batch.
     """
-    model, device = _prepare(model, device, criterion)
+    if isinstance(scheduler, optim.lr_scheduler.ReduceLROnPlateau):
+        raise TypeError(
+            "train got a ReduceLROnPlateau, which needs a loss of the whole epoch; call train without it, and "
+            "scheduler.step(test_losses[-1]) after test"
+        )
+    model, device = _prepare(model, device, criterion, train_losses, train_acc)
     model.train()
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    if not trainable:
         raise ValueError("the model has no parameter that requires a gradient; unfreeze what is to be trained")
+    if trainable.isdisjoint(parameter for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError(
+            "the optimizer holds no parameter of this model, so nothing would be learned; make it again, with "
+            "get_optimizer(model, ...)"
+        )
     epoch = f"epoch {len(train_losses) + 1}"
     # float16 gradients of a mean loss underflow unless they are scaled up.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=autocast_dtype(device) == torch.float16)
@@ -339,13 +373,12 @@ class Misclassified(NamedTuple):
 def test(model, device, test_loader, criterion, test_losses, test_acc):
     """Evaluate without gradients and append the mean loss per sample and the accuracy in % to the two lists.
 
+    Arguments and errors are those of `train`.
+
     Returns:
         The misclassified samples, a list of (image, true, predicted), in the loader's order.
-
-    Raises:
-        As `train` does.
     """
-    model, device = _prepare(model, device, criterion)
+    model, device = _prepare(model, device, criterion, test_losses, test_acc)
     model.eval()
     wrong = []
     start = time.perf_counter()
@@ -362,6 +395,9 @@ def test(model, device, test_loader, criterion, test_losses, test_acc):
     test_acc.append(accuracy)
     _report("", "test", mean_loss, accuracy, time.perf_counter() - start, test_loader)
     return wrong
+
+
+test.__test__ = False  # not one of pytest's, in a test file with `from utils import *`
 
 
 # --- Plots -----------------------------------------------------------------------------------------------------------

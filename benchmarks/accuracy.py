@@ -22,6 +22,7 @@ import torch
 from speed import processor
 
 import utils
+from datasets import load_images
 from models import Model
 from recipes import RECIPES
 from runs import write_atomically
@@ -46,7 +47,7 @@ def train_recipe(name, epochs, seed, device):
     scheduler = utils.get_scheduler(optimizer, **recipe["scheduler"], **schedule)
     criterion = utils.get_loss(**recipe["loss"])
     data = train_loader.dataset
-    run = utils.Run(folder_name(name, epochs, seed), data=data.name, root=RUNS)
+    run = utils.Run(run_name(name, epochs, seed, device.type), data=data.name, root=RUNS)
     settings = utils.flatten_recipe(recipe)
     settings |= {"dataset": data.name, "images": len(data), "seed": seed, "epochs": epochs}
     train_losses, train_acc, test_losses, test_acc = run.resume(settings, model, optimizer, scheduler)
@@ -54,6 +55,12 @@ def train_recipe(name, epochs, seed, device):
         utils.train(model, device, train_loader, optimizer, criterion, train_losses, train_acc, scheduler)
         utils.test(model, device, test_loader, criterion, test_losses, test_acc)
         run.save(train_losses, train_acc, test_losses, test_acc)
+    # The same images without augmentation: beside the test accuracy, it says how well the network generalises.
+    _, plain_loader = utils.get_CIFARdataset_with_loader(
+        "train", kwargs | {"shuffle": False}, transforms=utils.get_test_transforms()
+    )
+    plain_acc = []
+    utils.test(model, device, plain_loader, criterion, [], plain_acc)
     summary = json.loads((run / "run.json").read_text())
     with open(run / "history.csv") as file:
         history = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
@@ -66,21 +73,22 @@ def train_recipe(name, epochs, seed, device):
         "data": data.name,
         **{key: summary[key] for key in ("threads", "versions", "hyperparameters")},
         "train_accuracy_percent": train_acc[-1],
+        "unaugmented_train_accuracy_percent": plain_acc[0],
         "test_accuracy_percent": test_acc[-1],
         "history": history,
     }
 
 
-def folder_name(recipe, epochs, seed):
-    return f"{recipe}-epochs{epochs}-seed{seed}"
+def run_name(recipe, epochs, seed, device):
+    return f"{recipe}-{device}-epochs{epochs}-seed{seed}"
 
 
-def read_results(device):
-    """The results there are of this kind of device, {(recipe, epochs): [result of a seed, ...]}, longest runs first."""
+def read_results(device, data):
+    """The results on this kind of device and these images, {(recipe, epochs): [one a seed]}, longest runs first."""
     groups = {}
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
-        if result["device"] == device:
+        if (result["device"], result["data"]) == (device, data):
             groups.setdefault((result["recipe"], result["epochs"]), []).append(result)
     return dict(sorted(groups.items(), key=lambda item: (item[0][0], -item[0][1])))
 
@@ -114,7 +122,7 @@ def table(groups):
     milestones = (10, 20, 40)
     baseline = groups.get(("s9", 80), [])
     goal = statistics.mean(result["test_accuracy_percent"] for result in baseline) if baseline else None
-    head = ["recipe", "epochs", "seeds", *(f"after epoch {epoch}" for epoch in milestones), "last", "last, training"]
+    head = ["recipe", "epochs", "seeds", *(f"after epoch {epoch}" for epoch in milestones), "last", "training images"]
     lines = [[*head, "reaches the end of s9", "minutes"]]
     for (recipe, epochs), results in groups.items():
         reached = [first_reaching(result, goal) for result in results] if goal else []
@@ -124,7 +132,7 @@ def table(groups):
         else:
             when = f"{sum(r is not None for r in reached)} of {len(results)} do" if reached else ""
         accuracies = [[accuracy_after(r, e) for r in results] if e < epochs else [] for e in milestones]
-        accuracies += [[r[f"{split}_accuracy_percent"] for r in results] for split in ("test", "train")]
+        accuracies += [[r[f"{kind}_accuracy_percent"] for r in results] for kind in ("test", "unaugmented_train")]
         cells = [recipe, str(epochs), ", ".join(str(r["seed"]) for r in results)]
         spent = statistics.mean(minutes(result) for result in results)
         lines.append([*cells, *map(mean_and_spread, accuracies), when, f"{spent:.0f}"])
@@ -167,9 +175,9 @@ def plot(groups, path):
     figure.savefig(path, dpi=120)
 
 
-def ship_weights(recipe, seed):
+def ship_weights(recipe, seed, device):
     """Copy the last weights of a run of the recipe's own length to weights/, with a JSON of where they come from."""
-    name = folder_name(recipe, RECIPES[recipe]["epochs"], seed)
+    name = run_name(recipe, RECIPES[recipe]["epochs"], seed, device)
     if not (RUNS / name / "last.pt").exists():
         sys.exit(f"the weights of {name} are gone; delete {RESULTS / name}.json to train them again")
     result = json.loads((RESULTS / f"{name}.json").read_text())
@@ -190,23 +198,24 @@ def main():
     if arguments.epochs is not None and (arguments.epochs < 1 or arguments.ship_weights):
         parser.error("--epochs must be at least 1, and only weights trained for the recipe's own number are shipped")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = load_images("cifar10", "test").name
     RESULTS.mkdir(parents=True, exist_ok=True)
     for seed in arguments.seeds:
         for recipe in arguments.recipes:
             epochs = arguments.epochs or RECIPES[recipe]["epochs"]
-            path = RESULTS / f"{folder_name(recipe, epochs, seed)}.json"
+            path = RESULTS / f"{run_name(recipe, epochs, seed, device.type)}.json"
             if path.exists():
                 trained_with = json.loads(path.read_text())["hyperparameters"]
-                asked_for = utils.flatten_recipe(RECIPES[recipe]) | {"epochs": epochs}
+                asked_for = utils.flatten_recipe(RECIPES[recipe]) | {"epochs": epochs, "dataset": data}
                 if changed := [key for key, value in asked_for.items() if trained_with.get(key) != value]:
-                    sys.exit(f"{path} is of a recipe with another {', '.join(changed)}; delete it to train again")
+                    sys.exit(f"{path} is of a run with another {', '.join(changed)}; delete it to train again")
             else:
                 result = train_recipe(recipe, epochs, seed, device)
                 write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
             if arguments.ship_weights and seed == arguments.seeds[0]:
-                ship_weights(recipe, seed)
+                ship_weights(recipe, seed, device.type)
 
-    groups = read_results(device.type)
+    groups = read_results(device.type, data)
     for facts in sorted({describe(result) for results in groups.values() for result in results}):
         print(f"\n{facts}")
     print(f"\n{table(groups)}")

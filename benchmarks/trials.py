@@ -58,6 +58,10 @@ TRIALS = {  # what replaces which part of START
     "weight decay 2e-4": {"optimizer": START["optimizer"] | {"weight_decay": 2e-4}},
     "decay of all parameters": {"optimizer": START["optimizer"] | {"decay": "all"}},
     "label smoothing 0.1": {"loss": {"name": "cross_entropy", "label_smoothing": 0.1}},
+    "label smoothing 0.1, shift_scale_rotate 0.5": {
+        "loss": {"name": "cross_entropy", "label_smoothing": 0.1},
+        "transforms": START["transforms"] | {"shift_scale_rotate": 0.5},
+    },
     "cosine": {"scheduler": START["scheduler"] | {"anneal_strategy": "cos"}},
     "crops from 2 pixels": {"transforms": START["transforms"] | {"crop_padding": 2}},
     "dropout 0.05": {"dropout": 0.05},

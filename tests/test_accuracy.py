@@ -19,7 +19,7 @@ from recipes import RECIPES
 
 def result(recipe, seed, test_acc, seconds):
     history = [{"epoch": i, "test_acc": value, "seconds": seconds} for i, value in enumerate(test_acc, start=1)]
-    ends = {"train_accuracy_percent": 90.0 + seed, "test_accuracy_percent": test_acc[-1]}
+    ends = {"unaugmented_train_accuracy_percent": 90.0 + seed, "test_accuracy_percent": test_acc[-1]}
     kind = {"recipe": recipe, "epochs": len(history), "seed": seed, "data": "some images", "device": "cpu"}
     return kind | {"history": history} | ends
 
@@ -47,13 +47,13 @@ def test_table(groups):
     ]
 
 
-def test_results_are_read_back_in_groups_of_one_device(groups, tmp_path, monkeypatch):
+def test_results_are_read_back_in_groups_of_one_device_and_data_set(groups, tmp_path, monkeypatch):
     monkeypatch.setattr(accuracy, "RESULTS", tmp_path)
     every = [result for results in groups.values() for result in results]
-    for number, one in enumerate([*every, every[0] | {"device": "cuda"}]):
+    for number, one in enumerate([*every, every[0] | {"device": "cuda"}, every[0] | {"data": "other images"}]):
         (tmp_path / f"{number}.json").write_text(json.dumps(one))
-    assert accuracy.read_results("cpu") == groups
-    assert accuracy.read_results("cuda") == {("s9", 80): [every[0] | {"device": "cuda"}]}
+    assert accuracy.read_results("cpu", "some images") == groups
+    assert accuracy.read_results("cuda", "some images") == {("s9", 80): [every[0] | {"device": "cuda"}]}
 
 
 def test_first_epoch_that_reaches_an_accuracy(groups):
@@ -80,14 +80,14 @@ def test_ship_weights_copies_a_finished_run_and_says_where_it_comes_from(groups,
         (tmp_path / place).mkdir()
         monkeypatch.setattr(accuracy, place, tmp_path / place)
     finished = groups["s9", 80][0]
-    (tmp_path / "RESULTS" / "s9-epochs80-seed4.json").write_text(json.dumps(finished))
-    with pytest.raises(SystemExit, match="the weights of s9-epochs80-seed4 are gone"):
-        accuracy.ship_weights("s9", 4)
+    (tmp_path / "RESULTS" / "s9-cpu-epochs80-seed4.json").write_text(json.dumps(finished))
+    with pytest.raises(SystemExit, match="the weights of s9-cpu-epochs80-seed4 are gone"):
+        accuracy.ship_weights("s9", 4, "cpu")
     assert not (tmp_path / "ROOT" / "weights").exists()
 
-    (tmp_path / "RUNS" / "s9-epochs80-seed4").mkdir()
-    (tmp_path / "RUNS" / "s9-epochs80-seed4" / "last.pt").write_bytes(b"trained")
-    accuracy.ship_weights("s9", 4)
+    (tmp_path / "RUNS" / "s9-cpu-epochs80-seed4").mkdir()
+    (tmp_path / "RUNS" / "s9-cpu-epochs80-seed4" / "last.pt").write_bytes(b"trained")
+    accuracy.ship_weights("s9", 4, "cpu")
     assert (tmp_path / "ROOT" / "weights" / "s9.pt").read_bytes() == b"trained"
     shipped = json.loads((tmp_path / "ROOT" / "weights" / "s9.json").read_text())
     assert shipped == {key: value for key, value in finished.items() if key != "history"}

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import Image
 from torch import nn, randn, zeros
 
 import augment
@@ -100,8 +101,9 @@ def once(position, value):
 LABELS = torch.tensor([3, 1, 4, 1])
 
 
-def train(images=None, labels=LABELS, model=None, device="cpu", criterion=None, batches=None, losses=(), acc=()):
+def train(images=None, labels=LABELS, model=None, device="cpu", criterion=None, batches=None, losses=None, acc=None):
     model = model or Scores()
+    losses, acc = [] if losses is None else losses, [] if acc is None else acc
     batches = [(randn(4, 3, 8, 8) if images is None else images, labels)] if batches is None else batches
     criterion = criterion or nn.NLLLoss()
     utils.train(model, device, Loader(batches), utils.get_optimizer(model), criterion, losses, acc)
@@ -112,10 +114,16 @@ def evaluate(images=None, labels=LABELS, model=None, batches=None):
     utils.test(model or Scores(), "cpu", Loader(batches), nn.NLLLoss(), [], [])
 
 
-def train_with(optimizer):
+def train_with(optimizer="SGD", scheduler=None, optimized=None):
     model = Scores()
-    optimizer = utils.get_optimizer(model, optimizer)
-    utils.train(model, "cpu", Loader([(randn(4, 3, 8, 8), LABELS)]), optimizer, nn.NLLLoss(), [], [])
+    optimizer = utils.get_optimizer(optimized or model, optimizer)
+    scheduler = scheduler and utils.get_scheduler(optimizer, name=scheduler)
+    utils.train(model, "cpu", Loader([(randn(4, 3, 8, 8), LABELS)]), optimizer, nn.NLLLoss(), [], [], scheduler)
+
+
+class Pair(Scores):
+    def forward(self, x):
+        return super().forward(x), x
 
 
 def tiny_images(dataset, split, root):
@@ -276,6 +284,12 @@ CASES = {
         ["RandomScale", "different shapes", "A.Resize(32, 32)"],
         lambda: next(iter(loader({"batch_size": 8}, A.Compose([A.RandomScale(p=1), *utils.get_test_transforms()])))),
     ),
+    "to_rgb: floats to 255": (
+        ValueError,
+        ["255", "0 to 1"],
+        lambda: to_rgb(Image.fromarray(zeros(8, 8).numpy() + 255)),
+    ),
+    "to_rgb: no pixels": (ValueError, ["no pixels", "0x8"], lambda: to_rgb(Image.new("RGB", (0, 8)))),
     "to_rgb: an array": ((TypeError, ValueError), ["ndarray", "PIL"], lambda: to_rgb(picture)),
     # utils.get_optimizer, get_scheduler, get_loss
     "optimizer: unknown name": (ValueError, ["'adam'", "Adam", "SGD"], lambda: sgd(name="adam")),
@@ -370,7 +384,35 @@ CASES = {
     "train: a loss a sample": (
         ValueError,
         ["criterion", "(4,)", "mean"],
-        lambda: train(criterion=nn.NLLLoss(reduction="none")),
+        lambda: train(criterion=lambda scores, labels: F.nll_loss(scores, labels, reduction="none")),
+    ),
+    "train: the sum of the losses": (
+        ValueError,
+        ["criterion", "'sum'", "'mean'"],
+        lambda: train(criterion=nn.NLLLoss(reduction="sum")),
+    ),
+    "train: the class of a loss": (
+        TypeError,
+        ["criterion", "NLLLoss", "get_loss"],
+        lambda: train(criterion=nn.NLLLoss),
+    ),
+    "train: a tuple for a list": (TypeError, ["tuple", "lists"], lambda: train(losses=())),
+    "train: a function for the model": (
+        TypeError,
+        ["model", "nn.Module"],
+        lambda: utils.train(len, "cpu", [], sgd(), nn.NLLLoss(), [], []),
+    ),
+    "train: a model that returns a pair": (TypeError, ["tuple", "(N, classes)"], lambda: train(model=Pair())),
+    "train: weights of 64 bits": (ValueError, ["float64", "model.float()"], lambda: train(model=Scores().double())),
+    "train: the optimizer of another model": (
+        ValueError,
+        ["optimizer", "this model", "get_optimizer"],
+        lambda: train_with(optimized=Scores()),
+    ),
+    "train: a scheduler that waits for a loss": (
+        TypeError,
+        ["ReduceLROnPlateau", "scheduler.step"],
+        lambda: train_with(scheduler="ReduceLROnPlateau"),
     ),
     "train: the name of a loss": (
         TypeError,
@@ -385,14 +427,14 @@ CASES = {
         ["images[1]", "255.0", "0 to 1"],
         lambda: classify([picture, picture + 255.0]),
     ),
-    "predict: NaN": (ValueError, ["images[0]", "nan", "0 to 1"], lambda: classify(np.full((8, 8), math.nan))),
+    "predict: NaN": (ValueError, ["images is float64", "nan", "0 to 1"], lambda: classify(np.full((8, 8), math.nan))),
     "predict: integers of 64 bits": (ValueError, ["int64", "uint8"], lambda: classify(picture.astype(np.int64))),
     "predict: five channels": (ValueError, ["(8, 8, 5)", "(H, W)"], lambda: classify(np.zeros((8, 8, 5), np.uint8))),
     "predict: an array of no pixels": (ValueError, ["(0, 8, 3)"], lambda: classify(np.zeros((0, 8, 3), np.uint8))),
     "predict: too few names": (ValueError, ["10 outputs", "2 class names"], lambda: classify(picture, classes="ab")),
     "predict: NaN in the weights": (
         (FloatingPointError, ValueError),
-        ["nan", "weights"],
+        ["not finite", "weights"],
         lambda: utils.predict(spoiled(Model()), picture),
     ),
     # runs.seed_everything

@@ -489,6 +489,35 @@ def test_an_archive_that_does_not_verify_is_an_error(official, tmp_path, with_fo
         load(tmp_path)
 
 
+@pytest.mark.parametrize("move", ["train -> Train", "train/* -> .", "one level too deep"])
+def test_images_in_the_wrong_folders_are_no_reason_to_download_others(folder, move, monkeypatch):
+    monkeypatch.setattr(download, "download_archive", lambda *_: pytest.fail("downloaded"))
+    root = folder
+    if move == "train -> Train":
+        (folder / "train").rename(folder / "Train")
+        (folder / "test").rename(folder / "Test")
+    elif move == "train/* -> .":
+        for name in CLASSES:
+            (folder / "train" / name).rename(folder / name)
+        shutil.rmtree(folder / "train")
+        shutil.rmtree(folder / "test")
+    else:
+        root = folder / "train"
+    with pytest.raises(ValueError, match=r"no folders train and test, but .*/train/<class>/.*CIFAR10_ROOT"):
+        load(root)
+
+
+def test_other_data_beside_it_does_not_keep_cifar10_away(official, tmp_path, monkeypatch):
+    def fake_download(where, *_):
+        return Path(shutil.copy(official.parent / download.ARCHIVE_NAME, where))
+
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    (tmp_path / "flowers" / "rose").mkdir(parents=True)
+    save(tmp_path / "flowers" / "rose" / "1.png", picture(1))
+    monkeypatch.setattr(download, "download_archive", fake_download)
+    check_official(load(tmp_path), "train")
+
+
 # ---- digits ----------------------------------------------------------------------------------------------------
 
 

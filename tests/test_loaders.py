@@ -134,5 +134,10 @@ def test_a_single_sample_and_a_subset_of_the_data_set():
     image, label = data[5]
     assert image.shape == (3, 32, 32) and label == data.labels[5] and isinstance(label, int)
     assert not all(torch.equal(image, data[5][0]) for _ in range(60))  # a new draw each time
-    subset = torch.utils.data.DataLoader(torch.utils.data.Subset(data, [4, 2]), batch_size=2, collate_fn=lambda x: x)
-    assert next(iter(subset))[1].tolist() == data.labels[[4, 2]].tolist()
+    subset = torch.utils.data.Subset(data, [4, 2])
+    for workers in (0, 1):  # a user's own loader, with torch's default collate_fn
+        images, labels = next(iter(torch.utils.data.DataLoader(subset, batch_size=2, num_workers=workers)))
+        assert images.shape == (2, 3, 32, 32) and labels.tolist() == data.labels[[4, 2]].tolist()
+        assert labels.dtype == torch.int64
+    single, _ = next(iter(get(batch_size=None)))
+    assert single.shape == (3, 32, 32)

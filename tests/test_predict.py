@@ -133,6 +133,21 @@ def test_known_classes_in_the_order_given(tmp_path):
     batch = np.stack([plain("green"), plain("red")])
     assert [p.class_name for p in predict(MeanColour(), batch, ["r", "g", "b"])] == ["g", "r"]
     assert predict(MeanColour(), [], COLOURS) == []
+    as_loaders_give_them = {name: COLOURS.index(name) for name in sorted(COLOURS)}
+    assert predict(MeanColour(), plain("red"), as_loaders_give_them)[0].class_name == "red"
+
+
+def test_many_pictures_go_through_the_network_in_parts():
+    names = [COLOURS[index] for index in RNG.integers(0, 3, 600)]
+    model = MeanColour()
+    assert [p.class_name for p in predict(model, list(map(plain, names)), COLOURS)] == names
+    assert len(model.batch) < 600
+
+
+def test_in_the_type_of_the_model():
+    model = models.Model.from_pretrained("tuned")
+    single, double = predict(model, RGB)[0], predict(model.double(), RGB)[0]
+    assert double.probabilities == pytest.approx(single.probabilities, abs=1e-4)
 
 
 def test_model_without_parameters():

@@ -61,6 +61,16 @@ def test_provenance_is_of_the_recipe_as_it_is(recipe):
     assert {"seed", "data", "versions", "device", "processor", "test_accuracy_percent"} <= stated.keys()
 
 
+def test_a_changed_network_says_that_the_weights_do_not_fit():
+    class Changed(Model):
+        def __init__(self, dropout_value):
+            super().__init__(dropout_value)
+            self.C1[0].conv = torch.nn.Conv2d(3, 16, 5, bias=False)
+
+    with pytest.raises(ValueError, match=r"'tuned' do not fit the network, which was changed .* train it anew"):
+        Changed.from_pretrained("tuned")
+
+
 def test_an_unknown_name_says_which_there_are():
     with pytest.raises(ValueError, match="there is s9, tuned"):
         Model.from_pretrained("best")

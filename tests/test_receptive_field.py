@@ -135,8 +135,12 @@ class FunctionalPool(nn.Sequential):
         (nn.Sequential(nn.Conv2d(3, 3, (3, 1))), "not square"),
         (nn.Sequential(nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(2)), "more than one output"),
         (nn.Linear(3, 3), "no Conv2d"),
+        (nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Linear(32, 32)), "along the rows"),
+        (Residual(lambda a, b: (a + b).detach() + 0 * b), "detached"),
     ],
 )
 def test_what_cannot_be_traced_is_refused(model, words):
     with pytest.raises(ValueError, match=words):
+        receptive_field(model)
+    with torch.inference_mode(), pytest.raises(ValueError, match=words):
         receptive_field(model)

@@ -410,6 +410,29 @@ def test_another_network_is_refused(network, named, tmp_path):
     assert_refused(tmp_path, [*named, "network"], model=network())
 
 
+def test_a_changed_layer_is_refused_though_its_weights_would_fit(tmp_path):
+    for dilation in ((2, 2), (1, 1)):
+        model = Model()
+        model.C1[2].conv.dilation = dilation
+        run = utils.Run("net", root=tmp_path)
+        if dilation == (2, 2):
+            run.resume({}, model, utils.get_optimizer(model))
+            run.save([1.0], [1.0], [1.0], [1.0])
+    with pytest.raises(
+        ValueError, match=r"a layer was .*dilation=\(2, 2\).* and is .*48, kernel_size=\(3, 3\), stride"
+    ):
+        run.resume({}, model, utils.get_optimizer(model))
+
+
+def test_a_change_of_folder_loses_no_epoch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, model, lists = small("runs")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    save_small(run, model, lists, 10.0)
+    assert (tmp_path / "runs" / "small" / "checkpoint.pt").exists()
+
+
 def test_another_optimizer_is_refused(tmp_path):
     start_small(tmp_path, test_acc=[10.0])
     model = torch.nn.Linear(1, 1, bias=False)
@@ -552,7 +575,7 @@ def test_the_same_name_in_two_processes_is_refused(tmp_path):
     start_small(tmp_path, test_acc=[10.0])  # this process still has the run, so the other may not take it
     held, _, _ = small(tmp_path)
     output, _ = start_python(HOLD, tmp_path).communicate(timeout=600)
-    assert "RuntimeError: another process trains the run 'small'" in output and "RUN_NAME" in output
+    assert "RuntimeError: another process holds the run 'small'" in output and "RUN_NAME" in output
     assert held.folder.name == "small"
     runs.Run("small", root=tmp_path)  # the same process may: a cell is run twice
 
@@ -570,7 +593,10 @@ def test_a_run_can_be_taken_when_its_process_has_gone(tmp_path):
     runs.Run("small", root=tmp_path)
 
 
-def test_stopped_in_the_first_epoch_it_starts_again_from_the_first_weights(uninterrupted, tmp_path, monkeypatch):
+@pytest.mark.parametrize("cell_of_the_run_too", [False, True])
+def test_stopped_in_the_first_epoch_it_starts_again_from_the_first_weights(
+    uninterrupted, tmp_path, monkeypatch, cell_of_the_run_too
+):
     compute_in(torch.float32, monkeypatch)
     folder, _ = uninterrupted(torch.float32, 0)
     notebook = Notebook(tmp_path)
@@ -584,5 +610,7 @@ def test_stopped_in_the_first_epoch_it_starts_again_from_the_first_weights(unint
 
     with pytest.raises(KeyboardInterrupt):
         notebook.train(in_train=stop)
-    notebook.train()  # the training cell alone, run again
+    if cell_of_the_run_too:
+        notebook.run = utils.Run("s9", data="digits", root=tmp_path)
+    notebook.train()  # the training cell, but not that of the model, run again
     assert history(tmp_path / "s9") == history(folder)

@@ -28,6 +28,8 @@ def through_png(image):
         pytest.param(Image.fromarray(GREY.astype(np.uint16) * 257), GREY3, id="I;16"),
         pytest.param(through_png(Image.fromarray(GREY.astype(np.uint16) * 257)), GREY3, id="16-bit PNG"),
         pytest.param(Image.fromarray(GREY.astype(np.int32) * 257), GREY3, id="I"),
+        pytest.param(Image.fromarray(GREY.astype(np.int32)), GREY3, id="I of 8 bits"),
+        pytest.param(Image.fromarray((GREY / 255).astype(np.float32)), GREY3, id="F"),
         pytest.param(Image.fromarray(GREY.astype(">u2") * 257), GREY3, id="I;16B"),
         pytest.param(Image.fromarray(picture(1)).quantize(256), None, id="P"),
         pytest.param(Image.fromarray(picture(1)).convert("CMYK"), picture(1), id="CMYK"),

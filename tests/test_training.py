@@ -155,7 +155,9 @@ def test_correct_count_of_indices_and_of_scores(labels, seed):
     scores = np.random.default_rng(seed).normal(size=(len(labels), 10))
     expected = int((scores.argmax(axis=1) == labels).sum())
     assert utils.GetCorrectPredCount(torch.tensor(scores), torch.tensor(labels)) == expected
-    assert utils.GetCorrectPredCount(torch.tensor(scores.argmax(axis=1)), torch.tensor(labels)) == expected
+    indices = torch.tensor(scores.argmax(axis=1))
+    assert utils.GetCorrectPredCount(indices, torch.tensor(labels)) == expected
+    assert utils.GetCorrectPredCount(indices[:, None], torch.tensor(labels)) == expected  # as keepdim=True leaves them
 
 
 def test_optimizers_schedulers_and_losses_by_name():
@@ -219,8 +221,29 @@ def test_steps_of_the_scheduler_count_batches_or_epochs():
             yield optimizer.param_groups[0]["lr"]
 
     assert list(rates(60, steps_per_epoch=3))[2::3] == list(rates(20))
-    with pytest.raises(ValueError, match="CosineAnnealingLR counts its steps"):
-        utils.get_scheduler(utils.get_optimizer(Model()), name="CosineAnnealingLR", steps_per_epoch=3, T_max=9)
+    with pytest.raises(ValueError, match="ExponentialLR counts its steps"):
+        utils.get_scheduler(utils.get_optimizer(Model()), name="ExponentialLR", steps_per_epoch=3)
+
+
+@pytest.mark.parametrize(
+    "name, ours, in_batches",
+    [
+        ("CosineAnnealingLR", {"epochs": 4}, {"T_max": 12}),
+        ("CosineAnnealingLR", {"epochs": 4, "T_max": 2}, {"T_max": 6}),
+        ("CosineAnnealingWarmRestarts", {"epochs": 4, "T_0": 2}, {"T_0": 6}),
+        ("LinearLR", {"epochs": 4}, {"total_iters": 12}),
+        ("MultiStepLR", {"epochs": 4, "milestones": [1, 3]}, {"milestones": [3, 9]}),
+    ],
+)
+def test_lengths_are_epochs_though_the_steps_are_batches(name, ours, in_batches):
+    optimizers = [utils.get_optimizer(Model(), lr=0.2) for _ in range(2)]
+    mine = utils.get_scheduler(optimizers[0], name=name, steps_per_epoch=3, **ours)
+    torchs = getattr(torch.optim.lr_scheduler, name)(optimizers[1], **in_batches)
+    for _ in range(12):
+        for optimizer, scheduler in zip(optimizers, (mine, torchs)):
+            optimizer.step()
+            scheduler.step()
+        assert mine.get_last_lr() == torchs.get_last_lr()
 
 
 @pytest.mark.parametrize(
