@@ -60,7 +60,7 @@ def predict(model, images, classes=CIFAR10_CLASSES):
     with evaluation_mode(model):
         scores = torch.cat([model(batch.to(parameter)).float() for batch in batches])
     if not scores.softmax(dim=1).isfinite().all():
-        raise ValueError("the model's scores are not finite; its weights are not finite, so load good ones")
+        raise ValueError("the model's scores are not finite; load weights that are")
     if scores.shape[1] != len(classes):
         raise ValueError(f"the model has {scores.shape[1]} outputs and {len(classes)} class names were given")
     return [

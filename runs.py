@@ -122,6 +122,7 @@ class Run:
             raise ValueError(f"run name {name!r} must be a plain directory name, without separators")
         self.name, self.data = name, data
         self._history = None  # resume sets it, and what it belongs to
+        self._shown = str(pathlib.Path(root) / name)
         self.folder = pathlib.Path(root).absolute() / name  # a later chdir must not lose an epoch
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -139,6 +140,9 @@ class Run:
             ) from None
         for leftover in self.folder.glob(".*.tmp"):
             leftover.unlink()
+
+    def __str__(self):
+        return self._shown
 
     def __truediv__(self, file_name):
         """Path of a file in the run's directory: `run / "curves.png"`."""
@@ -176,12 +180,12 @@ class Run:
             starts = _STARTS.setdefault(model, {})
             if self.folder not in starts:
                 starts[self.folder] = copy.deepcopy(model.state_dict()), _random_state()
-                print(f"{self.folder}: a new run")
+                print(f"{self}: a new run")
             else:  # stopped in its first epoch and started again from the same notebook: not with half-trained weights
                 weights, random_state = starts[self.folder]
                 model.load_state_dict(weights)
                 _set_random_state(random_state)
-                print(f"{self.folder}: a new run, once more from the weights that this model had at its start")
+                print(f"{self}: a new run, once more from the weights that this model had at its start")
             return [], [], [], []
         checkpoint = load_weights(checkpoint_path)
         missing = [key for key in CHECKPOINT if key not in checkpoint] if isinstance(checkpoint, dict) else CHECKPOINT
@@ -199,7 +203,7 @@ class Run:
         _set_random_state(checkpoint["random"])
         self._start_epoch()
         self._export(checkpoint)
-        print(f"{self.folder}: going on after epoch {len(self._history)} of {self.hyperparameters.get('epochs', '?')}")
+        print(f"{self}: going on after epoch {len(self._history)} of {self.hyperparameters.get('epochs', '?')}")
         return tuple([row[column] for row in self._history] for column in COLUMNS)
 
     def save(self, train_losses, train_acc, test_losses, test_acc):

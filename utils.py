@@ -235,8 +235,11 @@ def _forward(model, device, images, labels, criterion):
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         scores = model(images)
     if not isinstance(scores, torch.Tensor) or scores.ndim != 2:
-        got = f"of shape {tuple(scores.shape)}" if isinstance(scores, torch.Tensor) else type(scores).__name__
-        raise TypeError(f"the model returned a {got}; train and test take one that returns scores (N, classes)")
+        shape = f" of shape {tuple(scores.shape)}" if isinstance(scores, torch.Tensor) else ""
+        raise TypeError(
+            f"the model returned a {type(scores).__name__}{shape}; train and test take one that returns scores "
+            "(N, classes)"
+        )
     if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < scores.shape[1]:
         raise ValueError(
             f"the loader gave labels from {int(labels.min())} to {int(labels.max())}; the model has {scores.shape[1]} "
