@@ -94,16 +94,18 @@ def load_images(dataset: str, split: str, root: str | os.PathLike | None = None)
 
 
 def _misplaced(root: Path) -> list[str]:
-    """Folders of root that look like somebody's own images but are not train and test."""
-    entries = _scan(root) if root.is_dir() else []
-    if any(entry.name.startswith("cifar-10") for entry in entries):
+    """The folders of root, if each looks like somebody's own images, which belong into train and test."""
+    try:
+        entries = _scan(root)
+        folders = [entry for entry in entries if entry.is_dir()]
+        images = [
+            folder.name.lower() in SPLITS or any(entry.name.lower().endswith(SUFFIXES) for entry in _scan(folder))
+            for folder in folders
+        ]
+    except OSError:  # no root yet, or one that holds what is nobody's business here
         return []
-    folders = [entry for entry in entries if entry.is_dir()]
-    return [
-        folder.name
-        for folder in folders
-        if folder.name.lower() in SPLITS or any(entry.name.lower().endswith(SUFFIXES) for entry in _scan(folder))
-    ]
+    official = any(entry.name.startswith("cifar-10") for entry in entries)
+    return [folder.name for folder in folders] if all(images) and not official else []
 
 
 def _load_folder(root: Path, split: str) -> ImageSet:

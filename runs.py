@@ -73,7 +73,10 @@ def write_atomically(path, data):
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        reason = f"could not write {path}: {error.strerror}. What was there before is intact"
+        reason = (
+            f"could not write {path}: {error.strerror}. What was there before is intact; see that the folder "
+            "exists, can be written to and has room"
+        )
         raise OSError(error.errno, reason) from None
     finally:
         with contextlib.suppress(OSError):  # a read-only disk refuses this too, and has had its error

@@ -499,7 +499,7 @@ def test_disk_fails_when_an_epoch_is_saved(case, tmp_path, monkeypatch):
     run, trained = saved_run(tmp_path), trainees()
     with monkeypatch.context() as patch:
         spoil(patch)
-        check(lambda: run.save(*epochs(2)), OSError, ["checkpoint.pt", word, "intact"], tmp_path)
+        check(lambda: run.save(*epochs(2)), OSError, ["checkpoint.pt", word, "intact", "has room"], tmp_path)
     lists = Run("kept", root=tmp_path).resume(HYPERPARAMETERS, *vars(trained).values())
     assert lists == ([2.0], [10.0], [2.1], [11.0])
 

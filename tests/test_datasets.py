@@ -512,8 +512,8 @@ def test_other_data_beside_it_does_not_keep_cifar10_away(official, tmp_path, mon
         return Path(shutil.copy(official.parent / download.ARCHIVE_NAME, where))
 
     (tmp_path / "MNIST" / "raw").mkdir(parents=True)
-    (tmp_path / "flowers" / "rose").mkdir(parents=True)
     save(tmp_path / "flowers" / "rose" / "1.png", picture(1))
+    save(tmp_path / "figures" / "plot.png", picture(1))
     monkeypatch.setattr(download, "download_archive", fake_download)
     check_official(load(tmp_path), "train")
 
