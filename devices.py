@@ -2,32 +2,45 @@
 
 import ctypes
 import functools
+import pathlib
 
 import torch
 
 
 def autocast_dtype(device):
-    """The type to compute in: bfloat16 where the device multiplies it natively, float16 on older GPUs, else float32.
+    """The type to compute in: bfloat16 where the device multiplies it sooner, float16 on older GPUs, else float32.
 
     device: a `torch.device`, or its name.
     """
     device = torch.device(device)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if device.type == "cpu" and _cpu_has_bfloat16():
+    if device.type == "cpu" and _faster_in_bfloat16(_cpuinfo()):
         return torch.bfloat16
     return torch.float32
 
 
 @functools.cache
-def _cpu_has_bfloat16():
-    """Whether the CPU has bfloat16 dot products (AVX512-BF16, AMX); emulated ones are slower than float32."""
+def _cpuinfo():
+    """What Linux says of the CPU; elsewhere nothing."""
     try:
-        with open("/proc/cpuinfo") as cpuinfo:
-            flags = next((line.split() for line in cpuinfo if line.startswith("flags")), [])
+        return pathlib.Path("/proc/cpuinfo").read_text()
     except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+        return ""
+
+
+def _faster_in_bfloat16(cpuinfo):
+    """Whether the first CPU of /proc/cpuinfo multiplies bfloat16 sooner than float32.
+
+    AMX does, and so does AVX512-BF16 on AMD, at twice the rate of float32. On Intel, AVX512-BF16 alone (Cooper Lake, and
+    virtual machines that hide AMX) has half the rate of float32.
+    """
+    facts = {}
+    for line in cpuinfo.splitlines():
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), value.split())
+    flags = facts.get("flags", [])
+    return "amx_bf16" in flags or ("avx512_bf16" in flags and facts.get("vendor_id") == ["AuthenticAMD"])
 
 
 @functools.cache
