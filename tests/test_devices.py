@@ -1,0 +1,32 @@
+"""The type computed in: bfloat16 only on a CPU that multiplies it sooner than float32."""
+
+import pytest
+import torch
+
+import devices
+
+AVX2 = "flags : fpu sse4_2 fma avx2"
+AVX512_BF16 = f"{AVX2} avx512f avx512_bf16"
+AMX = f"{AVX512_BF16} amx_bf16 amx_tile amx_int8"
+CPUS = {  # as Linux describes them: the rates of matrix products measured there decide
+    "Intel with AMX": (f"processor : 0\nvendor_id : GenuineIntel\n{AMX}", torch.bfloat16),
+    "Intel with AVX512-BF16": (f"processor : 0\nvendor_id : GenuineIntel\n{AVX512_BF16}", torch.float32),
+    "AMD with AVX512-BF16": (f"processor : 0\nvendor_id : AuthenticAMD\n{AVX512_BF16}", torch.bfloat16),
+    "AMD without": (f"processor : 0\nvendor_id : AuthenticAMD\n{AVX2}", torch.float32),
+    "Arm": ("processor : 0\nFeatures : fp asimd bf16", torch.float32),
+    "not Linux": ("", torch.float32),
+}
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_bfloat16_where_the_cpu_multiplies_it_sooner(cpu, monkeypatch):
+    cpuinfo, dtype = CPUS[cpu]
+    monkeypatch.setattr(devices, "_cpuinfo", lambda: cpuinfo)
+    assert devices.autocast_dtype("cpu") == dtype
+
+
+def test_cpuinfo_of_this_machine_or_none_elsewhere(monkeypatch):
+    devices._cpuinfo.cache_clear()
+    monkeypatch.setattr(devices.pathlib.Path, "read_text", lambda self: (_ for _ in ()).throw(FileNotFoundError()))
+    assert devices._cpuinfo() == ""
+    devices._cpuinfo.cache_clear()
