@@ -32,8 +32,8 @@ def _cpuinfo():
 def _faster_in_bfloat16(cpuinfo):
     """Whether the first CPU of /proc/cpuinfo multiplies bfloat16 sooner than float32.
 
-    AMX does, and so does AVX512-BF16 on AMD, at twice the rate of float32. On Intel, AVX512-BF16 alone (Cooper Lake, and
-    virtual machines that hide AMX) has half the rate of float32.
+    AMX does, and so does AVX512-BF16 on AMD. On Intel, AVX512-BF16 alone, as in virtual machines that hide AMX, has
+    half the rate of float32.
     """
     facts = {}
     for line in cpuinfo.splitlines():

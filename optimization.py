@@ -23,6 +23,11 @@ def _classes(module, base):
     }
 
 
+# On a GPU these can update all parameters in one kernel, which also decides by itself whether float16 gradients have
+# overflowed; otherwise GradScaler waits for the GPU in every step to find out.
+FUSED = ("SGD", "Adam", "AdamW")
+
+
 def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, decay="all", **options):
     """Any optimizer of `torch.optim` by name; momentum goes to those that take one, options to all.
 
@@ -49,9 +54,11 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
         options["momentum"] = momentum
     if weight_decay is not None:
         options["weight_decay"] = weight_decay
-    if decay == "all":
-        return optimizer(model.parameters(), lr=lr, **options)
     parameters = list(model.parameters())
+    if name in FUSED and all(p.is_cuda for p in parameters) and {"foreach", "differentiable"}.isdisjoint(options):
+        options.setdefault("fused", True)
+    if decay == "all":
+        return optimizer(parameters, lr=lr, **options)
     groups = [
         {"params": [parameter for parameter in parameters if parameter.ndim > 1]},
         {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},

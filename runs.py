@@ -199,6 +199,9 @@ class Run:
             )
         self._refuse_other_run(checkpoint)
         model.load_state_dict(checkpoint["model"])
+        for saved, given in zip(checkpoint["optimizer"]["param_groups"], optimizer.param_groups):
+            # How it computes, not what: the checkpoint may come from another kind of device.
+            saved |= {how: given[how] for how in ("foreach", "fused") if how in given}
         optimizer.load_state_dict(checkpoint["optimizer"])
         if scheduler is not None:
             scheduler.load_state_dict(checkpoint["scheduler"])

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from tqdm.auto import tqdm
 
 from augment import A, ImageBatches, SeededSampler, ShiftScaleRotate, ToTensorV2, as_batch
+from checks import check_arguments, check_loss, check_optimization, check_scores, checked_batch
 from datasets import CIFAR10_MEAN, CIFAR10_STD, load_images
 from devices import autocast_dtype, keep_freed_memory
 from optimization import get_loss, get_optimizer, get_scheduler
@@ -227,6 +228,15 @@ class Tally:
         return mean_loss, 100 * int(self.correct) / seen
 
 
+def _prepare(model, device):
+    """The model in channels_last memory; and what makes the device fast."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    elif device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # nearly all batches have one shape, so finding its fastest kernels pays
+    return model.to(memory_format=torch.channels_last)
+
+
 def _forward(model, device, images, labels, criterion):
     """Loss, float32 scores and labels of one batch, on the device and computed in the type that suits it."""
     labels_on_device = labels.to(device, non_blocking=True)
@@ -234,67 +244,11 @@ def _forward(model, device, images, labels, criterion):
     dtype = autocast_dtype(device)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         scores = model(images)
-    if not isinstance(scores, torch.Tensor) or scores.ndim != 2:
-        shape = f" of shape {tuple(scores.shape)}" if isinstance(scores, torch.Tensor) else ""
-        raise TypeError(
-            f"the model returned a {type(scores).__name__}{shape}; train and test take one that returns scores "
-            "(N, classes)"
-        )
-    if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < scores.shape[1]:
-        raise ValueError(
-            f"the loader gave labels from {int(labels.min())} to {int(labels.max())}; the model has {scores.shape[1]} "
-            f"classes, so labels go from 0 to {scores.shape[1] - 1}"
-        )
+    check_scores(scores, labels)
     scores = scores.float()
     loss = criterion(scores, labels_on_device)
-    if loss.ndim:
-        raise ValueError(
-            f"the criterion gave a loss of shape {tuple(loss.shape)}; it must be one number, the batch's mean"
-        )
+    check_loss(loss)
     return loss, scores, labels_on_device
-
-
-def _checked(batch):
-    """The batch itself, once it is what a loader should give."""
-    if not isinstance(batch, (tuple, list)) or [isinstance(part, torch.Tensor) for part in batch] != [True, True]:
-        kinds = [type(part).__name__ for part in batch] if isinstance(batch, (tuple, list)) else type(batch).__name__
-        raise TypeError(f"the loader gave {kinds}; a batch is a pair of tensors (images, labels)")
-    images, labels = batch
-    if images.ndim != 4 or labels.dtype != torch.int64 or labels.shape != images.shape[:1] or not len(labels):
-        raise ValueError(
-            f"the loader gave images of shape {tuple(images.shape)} and {labels.dtype} labels of shape "
-            f"{tuple(labels.shape)}; a batch is images (N, channels, H, W) and int64 labels (N,), N at least 1"
-        )
-    return images, labels
-
-
-def _prepare(model, device, criterion, losses, accuracies):
-    """The model in channels_last memory, and the device as torch.device; they must agree."""
-    device = torch.device(device)
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model is {model!r}; it must be a network, an instance of nn.Module")
-    if not callable(criterion) or isinstance(criterion, type):
-        raise TypeError(f"criterion is {criterion!r}; it must be a loss function, such as get_loss() returns")
-    if (reduction := getattr(criterion, "reduction", "mean")) != "mean":
-        raise ValueError(f"the criterion's reduction is {reduction!r}; it must be the 'mean' over a batch")
-    if not (hasattr(losses, "append") and hasattr(accuracies, "append")):
-        kinds = f"{type(losses).__name__} and {type(accuracies).__name__}"
-        raise TypeError(f"losses and accuracies are appended to lists, and those given are {kinds}")
-    parameter = next(model.parameters(), None)
-    if parameter is not None and parameter.device.type != device.type:
-        raise ValueError(
-            f"the model is on {parameter.device} and the device given is {device}; move one: model.to({str(device)!r})"
-        )
-    if parameter is not None and parameter.dtype != torch.float32:
-        raise ValueError(
-            f"the model's weights are {parameter.dtype}; keep them in float32, with model.float(), and what is faster "
-            "in half precision is computed in it"
-        )
-    if device.type == "cpu":
-        keep_freed_memory()
-    elif device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # nearly all batches have one shape, so finding its fastest kernels pays
-    return model.to(memory_format=torch.channels_last), device
 
 
 def _progress_bar(loader, description):
@@ -328,28 +282,18 @@ def train(model, device, train_loader, optimizer, criterion, train_losses, train
         TypeError: batches that are no pair of tensors, or a scheduler that cannot be stepped after a batch.
         FloatingPointError: a loss that is not finite; names the epoch and the batch.
     """
-    if isinstance(scheduler, optim.lr_scheduler.ReduceLROnPlateau):
-        raise TypeError(
-            "train got a ReduceLROnPlateau, which needs a loss of the whole epoch; call train without it, and "
-            "scheduler.step(test_losses[-1]) after test"
-        )
-    model, device = _prepare(model, device, criterion, train_losses, train_acc)
+    device = torch.device(device)
+    check_arguments(model, device, criterion, train_losses, train_acc)
+    check_optimization(model, optimizer, scheduler)
+    model = _prepare(model, device)
     model.train()
-    trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    if not trainable:
-        raise ValueError("the model has no parameter that requires a gradient; unfreeze what is to be trained")
-    if trainable.isdisjoint(parameter for group in optimizer.param_groups for parameter in group["params"]):
-        raise ValueError(
-            "the optimizer holds no parameter of this model, so nothing would be learned; make it again, with "
-            "get_optimizer(model, ...)"
-        )
     epoch = f"epoch {len(train_losses) + 1}"
     # float16 gradients of a mean loss underflow unless they are scaled up.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=autocast_dtype(device) == torch.float16)
     start = time.perf_counter()
     with _progress_bar(train_loader, epoch) as bar:
         tally = Tally(epoch, bar)
-        for images, labels in map(_checked, train_loader):
+        for images, labels in map(checked_batch, train_loader):
             optimizer.zero_grad()
             loss, scores, labels = _forward(model, device, images, labels, criterion)
             scaler.scale(loss).backward()
@@ -381,13 +325,15 @@ def test(model, device, test_loader, criterion, test_losses, test_acc):
     Returns:
         The misclassified samples, a list of (image, true, predicted), in the loader's order.
     """
-    model, device = _prepare(model, device, criterion, test_losses, test_acc)
+    device = torch.device(device)
+    check_arguments(model, device, criterion, test_losses, test_acc)
+    model = _prepare(model, device)
     model.eval()
     wrong = []
     start = time.perf_counter()
     with _progress_bar(test_loader, "test") as bar:
         tally = Tally("test", bar)
-        for images, labels in map(_checked, test_loader):
+        for images, labels in map(checked_batch, test_loader):
             loss, scores, labels_on_device = _forward(model, device, images, labels, criterion)
             tally.add(loss, scores, labels_on_device)
             predictions = scores.argmax(dim=1).to(labels.device)

@@ -614,3 +614,18 @@ def test_stopped_in_the_first_epoch_it_starts_again_from_the_first_weights(
         notebook.run = utils.Run("s9", data="digits", root=tmp_path)
     notebook.train()  # the training cell, but not that of the model, run again
     assert history(tmp_path / "s9") == history(folder)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_an_optimizer_goes_on_in_its_own_way_of_computing(tmp_path, name):
+    """A checkpoint of a GPU, whose optimizer was fused, on a device where it is not, and back."""
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    for epoch, fused in enumerate([True, False, True]):
+        model = Model()
+        optimizer = utils.get_optimizer(model, name, fused=fused)
+        run = utils.Run("run", root=tmp_path)
+        lists = run.resume({"epochs": 3}, model, optimizer)
+        assert [group["fused"] for group in optimizer.param_groups] == [fused] and len(lists[0]) == epoch
+        utils.train(model, "cpu", [(images, labels)], optimizer, utils.get_loss(), *lists[:2])
+        utils.test(model, "cpu", [(images, labels)], utils.get_loss(), *lists[2:])
+        run.save(*lists)

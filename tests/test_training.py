@@ -292,3 +292,30 @@ def test_star_import_gives_the_names_of_the_contract():
     contract = """get_CIFARdataset_with_loader get_train_transforms get_test_transforms GetCorrectPredCount train test
         get_optimizer get_scheduler get_loss post_display post_accuracyplots optim get_image_from_tensor"""
     assert all(name in names for name in contract.split()) and names["optim"] is torch.optim
+
+
+def float16_epoch(batches, fused, monkeypatch):
+    """(weights after an epoch in float16, how often it read a number from the device in between)."""
+    monkeypatch.setattr(utils, "autocast_dtype", lambda device: torch.float16)
+    read, item = [], torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: read.append(tensor) or item(tensor))
+    torch.manual_seed(0)
+    model = Linear()
+    optimizer = utils.get_optimizer(model, lr=0.1, nesterov=True, weight_decay=5e-4, decay="weights", fused=fused)
+    utils.train(model, "cpu", Loader(batches), optimizer, utils.get_loss(), [], [])
+    monkeypatch.undo()
+    return model.layer.weight.detach(), len(read)
+
+
+def test_a_fused_optimizer_learns_the_same_and_does_not_wait_in_every_step(batches, monkeypatch):
+    plain, waits = float16_epoch(batches, False, monkeypatch)
+    fused, fused_waits = float16_epoch(batches, True, monkeypatch)
+    assert waits >= len(batches) and fused_waits == 0
+    torch.testing.assert_close(fused, plain)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_optimizers_are_fused_on_a_gpu():
+    model = Linear().cuda()
+    assert utils.get_optimizer(model).defaults["fused"] and utils.get_optimizer(model, "AdamW").defaults["fused"]
+    assert not utils.get_optimizer(model, foreach=True).defaults["fused"]
