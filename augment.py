@@ -190,7 +190,7 @@ def _as_array(image):
 class ImageBatches(Dataset):
     """Images and labels that a `DataLoader` reads a batch at a time, augmented as a batch.
 
-    The attributes are those of `datasets.ImageSet`; `dataset[i]` is one (image float32 (3, 32, 32), label) pair.
+    The attributes are those of `image_sets.ImageSet`; `dataset[i]` is one (image float32 (3, 32, 32), label) pair.
     """
 
     def __init__(self, image_set, transforms):

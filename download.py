@@ -209,7 +209,8 @@ def _extract(archive: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=archive.parent) as temporary:
         try:
             with tarfile.open(archive, "r:gz") as tar:
-                tar.extractall(temporary, filter="data")
+                tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11 has it from 3.11.4 on
+                tar.extractall(temporary)
         except tarfile.TarError as error:
             raise DownloadError(f"{archive} cannot be unpacked: {error}") from None
         os.replace(Path(temporary) / FOLDER_NAME, folder)

@@ -97,6 +97,8 @@ def get_scheduler(optimizer, step_size=10, gamma=0.1, name="StepLR", epochs=None
         )
     if epochs:
         options = {key: epochs for key in ("T_max", "total_iters") if key in taken} | options
+    if "total_iters" in taken and taken["total_iters"].default is not inspect.Parameter.empty:
+        options.setdefault("total_iters", taken["total_iters"].default)
     for key in IN_EPOCHS & options.keys():
         options[key] = (np.array(options[key]) * steps_per_epoch).tolist()
     if "pct_start" in taken and epochs and epochs * steps_per_epoch * options.get("pct_start", 0.3) <= 1:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, to_rgb
+from image_sets import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, to_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # not all of Pillow's: some of its readers start other programs
 PICTURE = "file name, a PIL image or a NumPy array"

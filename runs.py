@@ -40,7 +40,6 @@ KINDS = {
     "optimizer": "the optimizer",
     "optimizer_parameters": "the number of parameters of the optimizer",
     "scheduler": "the scheduler",
-    "total_steps": "the length of the schedule in batches, which EPOCHS and the number of images decide,",
 }
 
 _STARTS = weakref.WeakKeyDictionary()  # {model: {folder: weights and random state before the first epoch}}
@@ -253,7 +252,8 @@ class Run:
         self._start_epoch()
 
     def _start_epoch(self):
-        self._lr = self._optimizer.param_groups[0]["lr"]  # a scheduler will have changed it when the epoch is saved
+        # A scheduler will have changed it when the epoch is saved.
+        self._lr = float(self._optimizer.param_groups[0]["lr"])
         self._epoch_start = time.monotonic()
 
     def _export(self, checkpoint):
@@ -280,10 +280,17 @@ class Run:
             "versions": {"python": platform.python_version()}
             | {package: version(package) for package in ("torch", "torchvision", "albumentations", "numpy")},
         }
-        write_atomically(self / "history.csv", table.getvalue().encode())
-        write_atomically(self / "run.json", (json.dumps(summary, indent=2) + "\n").encode())
-        write_atomically(self / "last.pt", _serialized(checkpoint["model"]))
-        write_atomically(self / "best.pt", _serialized(best["weights"]))
+        files = {
+            "history.csv": table.getvalue().encode(),
+            "run.json": (json.dumps(summary, indent=2) + "\n").encode(),
+            "last.pt": _serialized(checkpoint["model"]),
+            "best.pt": _serialized(best["weights"]),
+        }
+        for name, data in files.items():
+            try:
+                write_atomically(self / name, data)
+            except PermissionError as error:  # under Windows, while another program has it open
+                print(f"{error}; the run goes on, and writes it again after the next epoch")
 
     def _kinds(self):
         """What the states of optimizer and scheduler fit, by the keys of KINDS."""
@@ -291,7 +298,6 @@ class Run:
             "optimizer": type(self._optimizer).__name__,
             "optimizer_parameters": sum(len(group["params"]) for group in self._optimizer.param_groups),
             "scheduler": type(self._scheduler).__name__ if self._scheduler else None,
-            "total_steps": getattr(self._scheduler, "total_steps", None),
         }
 
     def _refuse_other_run(self, checkpoint):
@@ -306,6 +312,13 @@ class Run:
             for what, kind in self._kinds().items()
             if checkpoint["kinds"].get(what) != kind
         ]
+        then = _schedule_length(checkpoint["scheduler"])
+        now = _schedule_length(self._scheduler.state_dict() if self._scheduler else None)
+        if then != now:
+            differences.append(
+                f"the length of the schedule in steps, which EPOCHS and the number of images decide, was {then} and is "
+                f"{now}"
+            )
         shapes = {name: tuple(value.shape) for name, value in checkpoint["model"].items()}
         now = {name: tuple(value.shape) for name, value in self._model.state_dict().items()}
         differences += [
@@ -321,6 +334,11 @@ class Run:
                 f"the checkpoint in {self.folder} is of another run: {'; '.join(differences[:5])}{more}. To start "
                 f"afresh, choose another RUN_NAME or delete {self.folder}; to go on, put the old values back"
             )
+
+
+def _schedule_length(state):
+    """The steps that a scheduler is made for, from its state_dict; None for one that can go on for ever."""
+    return next((state[name] for name in ("total_steps", "T_max", "total_iters") if name in (state or {})), None)
 
 
 def _check_hyperparameters(hyperparameters):

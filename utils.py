@@ -1,7 +1,8 @@
 """What the S9 notebook does around the network: data, transforms, loaders, training and testing, plots - in that order.
 
-A batch goes from file to loss through `datasets.load_images` (files to one array), `ImageBatches` (array to augmented,
-normalised batch) and `train` (batch to loss). The network itself is in `models.py`, and neither file knows the other.
+A batch goes from file to loss through `image_sets.load_images` (files to one array), `ImageBatches` (array to
+augmented, normalised batch) and `train` (batch to loss). The network itself is in `models.py`, and neither file knows
+the other.
 """
 
 import io
@@ -22,8 +23,8 @@ from tqdm.auto import tqdm
 
 from augment import A, ImageBatches, SeededSampler, ShiftScaleRotate, ToTensorV2, as_batch
 from checks import check_arguments, check_loss, check_optimization, check_scores, checked_batch
-from datasets import CIFAR10_MEAN, CIFAR10_STD, load_images
-from devices import autocast_dtype, keep_freed_memory
+from devices import autocast_dtype, keep_freed_memory, memory_format
+from image_sets import CIFAR10_MEAN, CIFAR10_STD, load_images
 from optimization import get_loss, get_optimizer, get_scheduler
 from predict import evaluation_mode, predict
 from recipes import flatten_recipe, get_recipe
@@ -114,7 +115,7 @@ def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", ro
         kwargs: `DataLoader` keyword arguments, such as batch_size, shuffle, num_workers, pin_memory. By default there
             are workers only where a GPU would otherwise wait for data; more workers than cores are not started.
         dataset: "cifar10", or "digits" for scikit-learn's handwritten digits, which need no download.
-        root: where `datasets.load_images` looks; by default the environment variable CIFAR10_ROOT, else ./data.
+        root: where `image_sets.load_images` looks; by default the environment variable CIFAR10_ROOT, else ./data.
         transforms: an `albumentations.Compose` in place of `get_train_transforms()` or `get_test_transforms()`.
 
     Returns:
@@ -229,18 +230,20 @@ class Tally:
 
 
 def _prepare(model, device):
-    """The model in channels_last memory; and what makes the device fast."""
+    """The model in the memory format that suits the device, which is told to be fast."""
     if device.type == "cpu":
         keep_freed_memory()
     elif device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # nearly all batches have one shape, so finding its fastest kernels pays
-    return model.to(memory_format=torch.channels_last)
+    return model.to(memory_format=memory_format(device))
 
 
 def _forward(model, device, images, labels, criterion):
     """Loss, float32 scores and labels of one batch, on the device and computed in the type that suits it."""
-    labels_on_device = labels.to(device, non_blocking=True)
-    images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+    # Only CUDA keeps memory that is being copied from being freed (pytorch issue 189690).
+    non_blocking = device.type == "cuda"
+    labels_on_device = labels.to(device, non_blocking=non_blocking)
+    images = images.to(device, non_blocking=non_blocking, memory_format=memory_format(device))
     dtype = autocast_dtype(device)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         scores = model(images)
@@ -264,11 +267,11 @@ def _report(epoch, split, loss, accuracy, seconds, loader):
     print(f"{epoch:>8}  {split:5}  loss {loss:.4f}  accuracy {accuracy:5.2f} %  {seconds:6.1f} s  [{data}]", flush=True)
 
 
-def train(model, device, train_loader, optimizer, criterion, train_losses, train_acc, scheduler=None):
+def train(model, device, train_loader, optimizer, criterion, train_losses=None, train_acc=None, scheduler=None):
     """Train for one epoch and append its mean loss per sample and its accuracy in % to the two lists.
 
-    Computes in `autocast_dtype(device)`, with the model in channels_last memory from then on; prints a line, and shows
-    a progress bar in a notebook or a terminal.
+    Computes in `autocast_dtype(device)`, with the model in `memory_format(device)` from then on; prints a line, and
+    shows a progress bar in a notebook or a terminal.
 
     Args:
         model: returns (N, classes) scores or log-probabilities, as the criterion takes them.
@@ -282,6 +285,7 @@ def train(model, device, train_loader, optimizer, criterion, train_losses, train
         TypeError: batches that are no pair of tensors, or a scheduler that cannot be stepped after a batch.
         FloatingPointError: a loss that is not finite; names the epoch and the batch.
     """
+    train_losses, train_acc = ([] if values is None else values for values in (train_losses, train_acc))
     device = torch.device(device)
     check_arguments(model, device, criterion, train_losses, train_acc)
     check_optimization(model, optimizer, scheduler)
@@ -309,15 +313,18 @@ def train(model, device, train_loader, optimizer, criterion, train_losses, train
 
 
 class Misclassified(NamedTuple):
-    """A sample that the model got wrong: normalised image float32 (3, H, W) on the CPU, and two class indices."""
+    """A sample that the model got wrong: normalised image float32 (3, H, W) on the CPU, and two class indices.
+
+    The indices have an `item()`, which notebooks written for the original code call.
+    """
 
     image: torch.Tensor
-    true: int
-    predicted: int
+    true: np.int64
+    predicted: np.int64
 
 
 @torch.no_grad()
-def test(model, device, test_loader, criterion, test_losses, test_acc):
+def test(model, device, test_loader, criterion, test_losses=None, test_acc=None):
     """Evaluate without gradients and append the mean loss per sample and the accuracy in % to the two lists.
 
     Arguments and errors are those of `train`.
@@ -325,6 +332,7 @@ def test(model, device, test_loader, criterion, test_losses, test_acc):
     Returns:
         The misclassified samples, a list of (image, true, predicted), in the loader's order.
     """
+    test_losses, test_acc = ([] if values is None else values for values in (test_losses, test_acc))
     device = torch.device(device)
     check_arguments(model, device, criterion, test_losses, test_acc)
     model = _prepare(model, device)
@@ -336,9 +344,9 @@ def test(model, device, test_loader, criterion, test_losses, test_acc):
         for images, labels in map(checked_batch, test_loader):
             loss, scores, labels_on_device = _forward(model, device, images, labels, criterion)
             tally.add(loss, scores, labels_on_device)
-            predictions = scores.argmax(dim=1).to(labels.device)
+            labels, predictions = labels.cpu(), scores.argmax(dim=1).cpu()
             (indices,) = torch.nonzero(predictions != labels, as_tuple=True)
-            wrong += map(Misclassified, images[indices].cpu(), labels[indices].tolist(), predictions[indices].tolist())
+            wrong += map(Misclassified, images.cpu()[indices], labels[indices].numpy(), predictions[indices].numpy())
         mean_loss, accuracy = tally.read()
     test_losses.append(mean_loss)
     test_acc.append(accuracy)
@@ -387,7 +395,9 @@ def _image_grid(images, titles, heading, rows, columns):
 
 
 def _class_names(label_map, labels):
-    """Class names in the order of their labels, from {name: label}, which must name the labels to be shown."""
+    """Class names in the order of their labels, which label_map must name: {name: label}, or {label: name}."""
+    if isinstance(label_map, dict) and set(label_map) == set(range(len(label_map))):
+        label_map = {name: label for label, name in label_map.items()}
     if not isinstance(label_map, dict) or sorted(label_map.values()) != list(range(len(label_map))):
         raise TypeError(f"label_map is {label_map!r}; it must be a dict of class name to label, from 0 up")
     if labels and max(labels) >= len(label_map):

@@ -22,7 +22,7 @@ import torch
 from speed import processor
 
 import utils
-from datasets import load_images
+from image_sets import load_images
 from models import Model
 from recipes import RECIPES
 from runs import write_atomically
@@ -30,7 +30,7 @@ from runs import write_atomically
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
 RUNS = ROOT / "runs" / "accuracy"
-PARITY = ROOT / "benchmarks" / "results" / "parity"
+SPEED = ROOT / "benchmarks" / "results"
 
 
 def train_recipe(name, epochs, seed, device):
@@ -70,6 +70,7 @@ def train_recipe(name, epochs, seed, device):
         "seed": seed,
         "processor": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
         "device": device.type,
+        "type": str(utils.autocast_dtype(device)),
         "data": data.name,
         **{key: summary[key] for key in ("threads", "versions", "hyperparameters")},
         "train_accuracy_percent": train_acc[-1],
@@ -123,7 +124,7 @@ def table(groups):
     baseline = groups.get(("s9", 80), [])
     goal = statistics.mean(result["test_accuracy_percent"] for result in baseline) if baseline else None
     head = ["recipe", "epochs", "seeds", *(f"after epoch {epoch}" for epoch in milestones), "last", "training images"]
-    lines = [[*head, "reaches the end of s9", "minutes"]]
+    lines = [[*head, "first reaches the end of s9", "minutes"]]
     for (recipe, epochs), results in groups.items():
         reached = [first_reaching(result, goal) for result in results] if goal else []
         if reached and None not in reached:
@@ -146,11 +147,14 @@ def describe(result):
     return f"{result['data']}, {processor}, threads of a run: {threads}, torch {torch_version}"
 
 
-def plain_loop_minutes(device, epochs):
-    """What the plain loop of reference.py takes for this many epochs, from the runs of parity.py, or None."""
-    results = [json.loads(path.read_text()) for path in PARITY.glob(f"reference-{device}-*.json")]
-    measured = [result["minutes"] / len(result["history"]) for result in results]
-    return epochs * statistics.mean(measured) if measured else None
+def plain_loop_minutes(result):
+    """What the plain loop of reference.py takes for 80 epochs on the processor of a result, by speed.py, or None."""
+    for path in sorted(SPEED.glob("speed-*.json")):
+        speed = json.loads(path.read_text())
+        if (speed["device"], speed["threads"]) == (result["processor"], result["threads"]):
+            seconds = speed["epoch_seconds"]["reference"] * result["hyperparameters"]["images"] / speed["train_images"]
+            return 80 * seconds / 60
+    return None
 
 
 def plot(groups, path):
@@ -164,7 +168,7 @@ def plot(groups, path):
         lowest, highest = [min(values) for values in seeds], [max(values) for values in seeds]
         axis.fill_between(range(1, epochs + 1), lowest, highest, alpha=0.25, color=line.get_color(), linewidth=0)
         if (recipe, epochs) == ("s9", 80):
-            axis.axhline(means[-1], color=line.get_color(), linestyle=":", linewidth=1)
+            axis.axhline(means[-1], color=line.get_color(), linestyle=":", linewidth=1, label="where s9 ends")
     every = [result for results in groups.values() for result in results]
     ends = [result["test_accuracy_percent"] for result in every]
     axis.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(min(60, min(ends) - 5), max(ends) + 2))
@@ -181,6 +185,9 @@ def ship_weights(recipe, seed, device):
     if not (RUNS / name / "last.pt").exists():
         sys.exit(f"the weights of {name} are gone; delete {RESULTS / name}.json to train them again")
     result = json.loads((RESULTS / f"{name}.json").read_text())
+    run = json.loads((RUNS / name / "run.json").read_text())
+    if run["last_test_accuracy_percent"] != result["test_accuracy_percent"]:
+        sys.exit(f"{RUNS / name} is of another run than {RESULTS / name}.json; delete both to train again")
     del result["history"]
     weights = (RUNS / name / "last.pt").read_bytes()
     (ROOT / "weights").mkdir(exist_ok=True)
@@ -219,8 +226,12 @@ def main():
     for facts in sorted({describe(result) for results in groups.values() for result in results}):
         print(f"\n{facts}")
     print(f"\n{table(groups)}")
-    if plain := plain_loop_minutes(device.type, 80):
-        print(f"\nthe plain loop, 80 epochs of s9 at the measured rate: {plain:.0f} minutes")
+    for (recipe, epochs), results in groups.items():
+        ratios = [plain / minutes(r) for r in results if (plain := plain_loop_minutes(r))]
+        if ratios:
+            print(
+                f"{recipe}, {epochs} epochs: the plain loop's 80 there take {statistics.mean(ratios):.1f} times as long"
+            )
     plot(groups, ROOT / "figures" / "accuracy.png")
 
 

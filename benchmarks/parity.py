@@ -21,7 +21,7 @@ import torch
 from torch import optim
 
 import utils
-from datasets import load_images
+from image_sets import load_images
 from models import Model
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "parity"

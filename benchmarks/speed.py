@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import utils
 from augment import ImageBatches, SeededSampler, as_batch
-from datasets import load_images
+from image_sets import load_images
 from models import Model
 
 BATCH_SIZE = 256

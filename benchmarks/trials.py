@@ -23,11 +23,22 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import SubsetRandomSampler
 
 import utils
+from image_sets import load_images
 from models import Model
 from recipes import get_recipe
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "trials.csv"
-COLUMNS = ("trial", "epochs", "seed", "train_acc", "validation_acc", "averaged_validation_acc", "minutes", "device")
+COLUMNS = (
+    "trial",
+    "epochs",
+    "seed",
+    "train_acc",
+    "validation_acc",
+    "averaged_validation_acc",
+    "minutes",
+    "device",
+    "data",
+)
 SEED = 1
 
 START = {
@@ -122,13 +133,15 @@ def main():
     if unknown := [name for name in arguments.trials if name not in TRIALS]:
         parser.error(f"unknown trial {unknown[0]!r}; there is {', '.join(TRIALS)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = load_images("cifar10", "train").name
     RESULTS.parent.mkdir(exist_ok=True)
     if not RESULTS.exists():
         RESULTS.write_text(",".join(COLUMNS) + "\n")
     for name in arguments.trials or TRIALS:
         with RESULTS.open(newline="") as file:
-            if any((row["trial"], row["epochs"]) == (name, str(arguments.epochs)) for row in csv.DictReader(file)):
-                continue
+            done = [(row["trial"], row["epochs"], row["device"], row["data"]) for row in csv.DictReader(file)]
+        if (name, str(arguments.epochs), device.type, data) in done:
+            continue
         print(name, flush=True)
         start = time.perf_counter()
         try:
@@ -138,7 +151,7 @@ def main():
         minutes = round((time.perf_counter() - start) / 60, 1)
         with RESULTS.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow(
-                [name, arguments.epochs, SEED, *accuracies, minutes, device.type]
+                [name, arguments.epochs, SEED, *accuracies, minutes, device.type, data]
             )
 
 

@@ -7,7 +7,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pytest
 
-from datasets import load_images
+from image_sets import load_images
 
 
 @pytest.fixture(scope="session")

@@ -62,6 +62,17 @@ def test_first_epoch_that_reaches_an_accuracy(groups):
     assert accuracy.first_reaching(run, 81.01) is None
 
 
+def test_plain_loop_is_that_of_the_same_processor_and_threads(tmp_path, monkeypatch):
+    """12 seconds for 10,000 images are 60 for 50,000, so 80 epochs take 80 minutes."""
+    monkeypatch.setattr(accuracy, "SPEED", tmp_path)
+    for name, seconds in (("another CPU", 24.0), ("the CPU", 12.0)):
+        measured = {"device": name, "threads": 2, "train_images": 10_000, "epoch_seconds": {"reference": seconds}}
+        (tmp_path / f"speed-{name}.json").write_text(json.dumps(measured))
+    run = {"processor": "the CPU", "threads": 2, "hyperparameters": {"images": 50_000}}
+    assert accuracy.plain_loop_minutes(run) == pytest.approx(80)
+    assert accuracy.plain_loop_minutes(run | {"threads": 1}) is None
+
+
 def test_plot(groups, tmp_path):
     accuracy.plot(groups, tmp_path / "plot.png")
     axis = plt.gcf().axes[0]
@@ -69,6 +80,7 @@ def test_plot(groups, tmp_path):
     assert [line.get_ydata()[-1] for line in means] == [81.0, 82.0]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == [
         "s9, 80 epochs: 81.00 % (2 seeds)",
+        "where s9 ends",
         "tuned, 12 epochs: 82.00 % (2 seeds)",
     ]
     assert plt.imread(tmp_path / "plot.png").std() > 0
@@ -87,6 +99,13 @@ def test_ship_weights_copies_a_finished_run_and_says_where_it_comes_from(groups,
 
     (tmp_path / "RUNS" / "s9-cpu-epochs80-seed4").mkdir()
     (tmp_path / "RUNS" / "s9-cpu-epochs80-seed4" / "last.pt").write_bytes(b"trained")
+    summary = tmp_path / "RUNS" / "s9-cpu-epochs80-seed4" / "run.json"
+    summary.write_text(json.dumps({"last_test_accuracy_percent": 79.0}))
+    with pytest.raises(SystemExit, match="s9-cpu-epochs80-seed4 is of another run"):
+        accuracy.ship_weights("s9", 4, "cpu")
+    assert not (tmp_path / "ROOT" / "weights").exists()
+
+    summary.write_text(json.dumps({"last_test_accuracy_percent": finished["test_accuracy_percent"]}))
     accuracy.ship_weights("s9", 4, "cpu")
     assert (tmp_path / "ROOT" / "weights" / "s9.pt").read_bytes() == b"trained"
     shipped = json.loads((tmp_path / "ROOT" / "weights" / "s9.json").read_text())

@@ -21,7 +21,7 @@ from torch import nn
 import download
 import runs
 import utils
-from datasets import load_images
+from image_sets import load_images
 from models import Model
 from runs import Run
 

@@ -24,7 +24,7 @@ import layers
 import models
 import runs
 import utils
-from datasets import ImageSet, to_rgb
+from image_sets import ImageSet, to_rgb
 from models import Model, receptive_field
 
 PROJECT = Path(models.__file__).resolve().parent
@@ -237,7 +237,7 @@ CASES = {
             utils.get_train_transforms(), np.zeros((32, 32, 3), np.uint8), np.random.default_rng(0)
         ),
     ),
-    # utils.get_CIFARdataset_with_loader; datasets.to_rgb
+    # utils.get_CIFARdataset_with_loader; image_sets.to_rgb
     "loader: unknown split": (
         ValueError,
         ["'valid'", "'train'", "'test'"],

@@ -1,9 +1,11 @@
-"""The type computed in: bfloat16 only on a CPU that multiplies it sooner than float32."""
+"""What suits a device: bfloat16 only on a CPU that multiplies it sooner than float32, channels_last but on Apple's."""
 
 import pytest
 import torch
 
 import devices
+import utils
+from models import Model
 
 AVX2 = "flags : fpu sse4_2 fma avx2"
 AVX512_BF16 = f"{AVX2} avx512f avx512_bf16"
@@ -30,3 +32,23 @@ def test_cpuinfo_of_this_machine_or_none_elsewhere(monkeypatch):
     monkeypatch.setattr(devices.pathlib.Path, "read_text", lambda self: (_ for _ in ()).throw(FileNotFoundError()))
     assert devices._cpuinfo() == ""
     devices._cpuinfo.cache_clear()
+
+
+def test_layout_of_images():
+    layouts = {name: devices.memory_format(name) for name in ("cpu", "cuda", "mps")}
+    assert layouts == {"cpu": torch.channels_last, "cuda": torch.channels_last, "mps": torch.contiguous_format}
+
+
+@pytest.mark.skipif(not torch.backends.mps.is_available(), reason="needs an Apple GPU")
+def test_gradients_on_an_apple_gpu_are_those_of_the_cpu():
+    images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+    gradients = {}
+    for device in ("cpu", "mps"):
+        torch.manual_seed(0)
+        model = Model(dropout_value=0).to(device)
+        # A step of size one: what it changes is the gradient.
+        before = [parameter.detach().cpu().clone() for parameter in model.parameters()]
+        utils.train(model, device, [(images, labels)], utils.get_optimizer(model, lr=1.0, momentum=0), utils.get_loss())
+        gradients[device] = [old - new.detach().cpu() for old, new in zip(before, model.parameters())]
+    for cpu, mps in zip(*gradients.values()):
+        assert (cpu - mps).norm() < 0.05 * cpu.norm() + 1e-4

@@ -125,6 +125,14 @@ def test_display_shows_16_samples_under_their_own_class(digits):
         assert title == NAMES[data.labels[same]]
 
 
+def test_label_maps_of_both_directions_name_the_same(digits):
+    there, back = LABEL_MAP, {label: name for name, label in LABEL_MAP.items()}
+    titles = [
+        [axis.get_title() for axis in utils.post_display(digits.test_loader, names).axes] for names in (there, back)
+    ]
+    assert titles[0] == titles[1]
+
+
 def test_display_of_a_batch_of_three():
     data = TensorDataset(torch.zeros(3, 3, 32, 32), torch.tensor([2, 0, 1]))
     figure = utils.post_display(DataLoader(data, batch_size=3), {"c": 2, "a": 0, "b": 1})

@@ -12,7 +12,7 @@ from torch import nn
 
 import models
 import utils
-from datasets import CIFAR10_CLASSES
+from image_sets import CIFAR10_CLASSES
 from predict import main, predict
 
 COLOURS = ("red", "green", "blue")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import utils
-from datasets import CIFAR10_CLASSES, load_images
+from image_sets import CIFAR10_CLASSES, load_images
 from models import Model
 from recipes import RECIPES, flatten_recipe
 

@@ -279,6 +279,34 @@ def start_small(root, test_acc):
         save_small(run, model, lists, value)
 
 
+def test_a_file_that_another_program_keeps_open_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    """As a spreadsheet does under Windows, where an open file cannot be replaced."""
+    start_small(tmp_path, test_acc=[10.0])
+    run, model, lists = small(tmp_path)
+    replace = os.replace
+
+    def refuse(source, target):
+        if str(target).endswith("history.csv"):
+            raise PermissionError(13, "Permission denied")
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", refuse)
+        save_small(run, model, lists, 20.0)
+    assert "history.csv: Permission denied" in capsys.readouterr().out
+    assert len(history(tmp_path / "small")) == 1 and runs.load_weights(tmp_path / "small" / "last.pt")["weight"] == 2
+    save_small(run, model, lists, 30.0)
+    assert [float(row["test_acc"]) for row in history(tmp_path / "small")] == [10.0, 20.0, 30.0]
+
+
+def test_a_learning_rate_in_a_tensor_is_recorded_as_a_number(tmp_path):
+    model = torch.nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.5), momentum=0.9)
+    run, model, lists = small(tmp_path, model=model, optimizer=optimizer)
+    save_small(run, model, lists, 10.0)
+    assert history(tmp_path / "small")[0]["lr"] == "0.5"
+
+
 def test_last_and_best_weights_are_kept(tmp_path):
     start_small(tmp_path, test_acc=[10.0, 30.0, 20.0])
     folder = tmp_path / "small"
@@ -445,6 +473,23 @@ def test_another_scheduler_is_refused(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5)
     assert_refused(tmp_path, ["StepLR", "Cosine"], model=model, optimizer=optimizer, scheduler=cosine)
+
+
+@pytest.mark.parametrize("name", ["CosineAnnealingLR", "PolynomialLR", "OneCycleLR"])
+def test_a_schedule_of_another_length_is_refused(name, tmp_path):
+    """Its state would bring the old length back: a cosine would rise again after it, others stay at zero."""
+
+    def start(epochs):
+        model = torch.nn.Linear(1, 1, bias=False)
+        optimizer = utils.get_optimizer(model, "SGD", lr=0.5)
+        options = {"steps_per_epoch": 10} if name == "OneCycleLR" else {}
+        scheduler = utils.get_scheduler(optimizer, name=name, epochs=epochs, **options)
+        return {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+
+    run, model, lists = small(tmp_path, **start(4))
+    save_small(run, model, lists, 10.0)
+    assert_refused(tmp_path, ["length of the schedule", "4", "8"], **start(8))
+    assert small(tmp_path, **start(4))[2][3] == [10.0]
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "not one"])

@@ -5,9 +5,9 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
-from test_datasets import picture
+from test_image_sets import picture
 
-import datasets
+import image_sets
 
 GREY = picture(1)[..., 0]
 GREY3 = np.stack([GREY] * 3, -1)
@@ -38,10 +38,10 @@ def through_png(image):
 def test_to_rgb_of_each_mode(image, expected):
     if expected is None:
         expected = np.asarray(image.convert("RGB"))
-    array = datasets.to_rgb(image)
+    array = image_sets.to_rgb(image)
     assert array.dtype == np.uint8 and array.shape == (32, 32, 3) and array.flags.writeable
     np.testing.assert_array_equal(array, expected)
-    assert datasets.to_rgb(image, size=8).shape == (8, 8, 3)
+    assert image_sets.to_rgb(image, size=8).shape == (8, 8, 3)
 
 
 def transparent_palette():
@@ -68,18 +68,18 @@ def left_blue_right_clear(mode, blue, clear):
     ],
 )
 def test_to_rgb_puts_transparency_over_white(image, left):
-    array = datasets.to_rgb(image)
+    array = image_sets.to_rgb(image)
     assert (array[:, :16] == left).all() and (array[:, 16:] == 255).all()
 
 
 def test_to_rgb_half_transparent_is_half_white():
-    assert abs(int(datasets.to_rgb(Image.new("RGBA", (32, 32), (0, 0, 0, 128)))[0, 0, 0]) - 127) <= 1
+    assert abs(int(image_sets.to_rgb(Image.new("RGBA", (32, 32), (0, 0, 0, 128)))[0, 0, 0]) - 127) <= 1
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA"])
 def test_to_rgb_averages_when_it_shrinks(mode):
     checks = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)  # without antialiasing: all 0 or all 255
-    array = datasets.to_rgb(Image.fromarray(checks).convert(mode))
+    array = image_sets.to_rgb(Image.fromarray(checks).convert(mode))
     assert abs(array.astype(int) - 127).max() <= 3
 
 
@@ -87,4 +87,4 @@ def test_to_rgb_turns_a_photo_upright():
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held on its side: turn by 90 degrees clockwise
     Image.fromarray(picture(3)).save(file := io.BytesIO(), "PNG", exif=exif)
-    np.testing.assert_array_equal(datasets.to_rgb(Image.open(file)), np.rot90(picture(3), -1))
+    np.testing.assert_array_equal(image_sets.to_rgb(Image.open(file)), np.rot90(picture(3), -1))

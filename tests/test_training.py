@@ -67,6 +67,19 @@ def test_test_reports_means_per_sample(batches, in_float32):
         (int(labels[i]), int(predictions[i])) for i in expected
     ]
     assert all(torch.equal(sample[0], images[i]) for sample, i in zip(wrong, expected))
+    assert [(true.item(), predicted.item()) for _, true, predicted in wrong] == [sample[1:] for sample in wrong]
+
+
+def test_lists_may_be_left_out_and_are_never_shared(batches):
+    """As the original had it; its default lists were shared by all calls, so every epoch counted as a later one."""
+    model = Linear()
+    optimizer = utils.get_optimizer(model)
+    for _ in range(2):
+        utils.train(model, "cpu", Loader(batches), optimizer, utils.get_loss())
+        utils.test(model, "cpu", Loader(batches), utils.get_loss())
+    losses = []
+    utils.test(model, "cpu", Loader(batches), utils.get_loss(), losses)
+    assert len(losses) == 1
 
 
 def test_train_takes_the_steps_of_plain_sgd(batches, in_float32):
@@ -158,6 +171,13 @@ def test_correct_count_of_indices_and_of_scores(labels, seed):
     indices = torch.tensor(scores.argmax(axis=1))
     assert utils.GetCorrectPredCount(indices, torch.tensor(labels)) == expected
     assert utils.GetCorrectPredCount(indices[:, None], torch.tensor(labels)) == expected  # as keepdim=True leaves them
+
+
+@pytest.mark.parametrize("name", ["LinearLR", "ConstantLR", "PolynomialLR"])
+def test_a_default_length_counts_epochs_too(name):
+    """torch's own is 5 steps, so 5 epochs of 7 batches are 35."""
+    scheduler = utils.get_scheduler(utils.get_optimizer(Linear(), lr=0.2), name=name, steps_per_epoch=7)
+    assert scheduler.total_iters == 35
 
 
 def test_optimizers_schedulers_and_losses_by_name():

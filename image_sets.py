@@ -1,6 +1,6 @@
 """From files to arrays: CIFAR-10 (or a folder of images in its layout) and an offline sample as plain NumPy arrays.
 
-    from datasets import load_images
+    from image_sets import load_images
     train = load_images("cifar10", "train", root="data")    # train.images, train.labels, train.classes
 
 Nothing here knows about tensors, loaders or augmentation.

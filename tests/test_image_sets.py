@@ -1,4 +1,4 @@
-"""datasets.py against independent truth: pictures made here, Pillow's own decoding, scikit-learn's own arrays."""
+"""image_sets.py against independent truth: pictures made here, Pillow's own decoding, scikit-learn's own arrays."""
 
 import contextlib
 import hashlib
@@ -19,10 +19,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
-import datasets
 import download
+import image_sets
 
-REPOSITORY = Path(datasets.__file__).parent
+REPOSITORY = Path(image_sets.__file__).parent
 CLASSES = ("ant", "bee")
 
 
@@ -64,14 +64,14 @@ def check(loaded, root, split):
 
 
 def load(root, split="train"):
-    return datasets.load_images("cifar10", split, root)
+    return image_sets.load_images("cifar10", split, root)
 
 
 @pytest.fixture
 def decodes(monkeypatch):
     """The list of the splits that were decoded."""
-    calls, real = [], datasets._decode
-    monkeypatch.setattr(datasets, "_decode", lambda where, files: calls.append(where.name) or real(where, files))
+    calls, real = [], image_sets._decode
+    monkeypatch.setattr(image_sets, "_decode", lambda where, files: calls.append(where.name) or real(where, files))
     return calls
 
 
@@ -84,7 +84,7 @@ def decodes(monkeypatch):
 )
 def test_unknown_names_are_answered_with_the_known_ones(dataset, split, words, tmp_path):
     with pytest.raises(ValueError, match="unknown") as error:
-        datasets.load_images(dataset, split, tmp_path)
+        image_sets.load_images(dataset, split, tmp_path)
     assert all(word in str(error.value) for word in words)
 
 
@@ -314,7 +314,7 @@ def test_no_flipped_bit_of_the_cache_reaches_the_arrays(folder):
         np.testing.assert_array_equal(loaded.labels, expected[1])
 
 
-@pytest.mark.parametrize(("where", "call"), [(datasets, "open"), (np, "savez"), (os, "replace")])
+@pytest.mark.parametrize(("where", "call"), [(image_sets, "open"), (np, "savez"), (os, "replace")])
 def test_unwritable_folder_is_not_cached_and_says_so(folder, where, call, monkeypatch, capsys):
     monkeypatch.setattr(where, call, Mock(side_effect=OSError(28, "No space left on device")), raising=False)
     loaded = load(folder)
@@ -337,11 +337,11 @@ def test_interruption_keeps_the_old_cache_and_leaves_nothing_else(folder, where,
 
 
 TWO_PROCESSES = """
-import os, sys, time, datasets
+import os, sys, time, image_sets
 root, start = sys.argv[1], float(sys.argv[2])
 time.sleep(max(0, start - time.time()))
 for _ in range(3):
-    images = datasets.load_images("cifar10", "train", root).images
+    images = image_sets.load_images("cifar10", "train", root).images
     os.utime(root + "/train/bee/0.png")
 print(images.sum())
 """
@@ -523,7 +523,7 @@ def test_other_data_beside_it_does_not_keep_cifar10_away(official, tmp_path, mon
 
 def test_digits_are_sklearns_split_once_and_for_all(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    train, test = (datasets.load_images("digits", split) for split in ("train", "test"))
+    train, test = (image_sets.load_images("digits", split) for split in ("train", "test"))
     assert train.source in capsys.readouterr().out
     assert "digits" in train.name and train.classes == tuple("0123456789")
     assert (len(train.labels), len(test.labels)) == (1437, 360)
@@ -545,7 +545,7 @@ def test_digits_are_sklearns_split_once_and_for_all(tmp_path, monkeypatch, capsy
     share = 360 / 1797
     assert (abs(np.bincount(test.labels) - share * np.bincount(original.target)) <= 1).all()
     np.random.seed(1)  # the split must not hang on it
-    again = datasets.load_images("digits", "test")
+    again = image_sets.load_images("digits", "test")
     np.testing.assert_array_equal(again.images, test.images)
     np.testing.assert_array_equal(again.labels, test.labels)
     assert not list(tmp_path.iterdir())
