@@ -515,7 +515,7 @@ def post_receptive_field(model, rows, images=None, path=None):
     if images is None:
         side = rows[-1].receptive_field + 2 * rows[-1].jump + 1
         images = torch.randn(8, 3, side, side, generator=torch.Generator().manual_seed(0)).to(parameter.device)
-    images = images.detach().clone().requires_grad_()
+    images = images.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
     outputs = []
     hook = last.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
