@@ -1,11 +1,11 @@
 """How accurate: the recipes trained without a notebook at several seeds, and the table and plot that the README shows.
 
-    python benchmarks/accuracy.py                                               # both recipes, 80 epochs, three seeds
-    python benchmarks/accuracy.py --recipes tuned --epochs 12 --seeds 4 5 6     # on a schedule of 12 epochs
-    python benchmarks/accuracy.py --ship-weights                                # and renew weights/ from the first seed
+    python benchmarks/accuracy.py                                           # all recipes, of their length, three seeds
+    python benchmarks/accuracy.py --recipes short --epochs 12               # on a schedule of 12 epochs
+    python benchmarks/accuracy.py --recipes s9 tuned --ship-weights         # and renew weights/ from the first seed
 
 A run that has a JSON in benchmarks/results/accuracy is not repeated; one that was interrupted goes on after its last
-epoch, from runs/accuracy. A figure is that of the last epoch, not of the best. How "tuned" was chosen: trials.py.
+epoch, from runs/accuracy. A figure is that of the last epoch, not of the best. How they were chosen: trials.py.
 """
 
 import argparse

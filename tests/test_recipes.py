@@ -41,9 +41,10 @@ def test_s9_is_the_original_run():
     assert rates == pytest.approx([0.2 * 0.75 ** (epoch // 5) for epoch in range(80) for _ in range(3)])
 
 
-def test_tuned_rises_and_falls_in_straight_lines():
-    peak, steps = RECIPES["tuned"]["optimizer"]["lr"], 500
-    rates = learning_rates("tuned", 10, steps // 10)
+@pytest.mark.parametrize("name", ["tuned", "short"])
+def test_tuned_rises_and_falls_in_straight_lines(name):
+    peak, steps = RECIPES[name]["optimizer"]["lr"], 500
+    rates = learning_rates(name, 10, steps // 10)
     top = steps // 5 - 1
     assert rates[top] == max(rates) == pytest.approx(peak) and rates[0] < peak / 20
     rise = [rates[0] + (peak - rates[0]) * step / top for step in range(top)]
