@@ -290,7 +290,7 @@ class Run:
             try:
                 write_atomically(self / name, data)
             except PermissionError as error:  # under Windows, while another program has it open
-                print(f"{error}; the run goes on, and writes it again after the next epoch")
+                print(f"{error}; the run goes on, and writes it after the next epoch or at the next start")
 
     def _kinds(self):
         """What the states of optimizer and scheduler fit, by the keys of KINDS."""
