@@ -66,6 +66,17 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
     return optimizer(groups, lr=lr, **options)
 
 
+def start_momentum(optimizer):
+    """Give a fused SGD zeros for momentum, from which its first step is the same as from none.
+
+    Where GradScaler skips the first step, torch would go on from momentum that it has allocated and not set.
+    """
+    for group in optimizer.param_groups:
+        if isinstance(optimizer, optim.SGD) and group["fused"] and group["momentum"] and not group["dampening"]:
+            for parameter in group["params"]:
+                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
 IN_EPOCHS = {"T_max", "T_0", "total_iters", "milestones"}  # options of schedulers that torch counts in steps
 
 

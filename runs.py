@@ -8,7 +8,7 @@
         run.save(train_losses, train_acc, test_losses, test_acc)
 
 `runs/<name>/checkpoint.pt` is the one source of truth, replaced atomically after every epoch; `history.csv`,
-`run.json`, `last.pt` and `best.pt` are written from it, and written again when the run goes on.
+`run.json`, `last.pt` and `best.pt` are written from it, and written again when the run is opened.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ KINDS = {
     "scheduler": "the scheduler",
 }
 
-_STARTS = weakref.WeakKeyDictionary()  # {model: {folder: weights and random state before the first epoch}}
+_STARTS = weakref.WeakKeyDictionary()  # {model: {folder: weights and random state before epoch 1, None if unknown}}
 
 
 def seed_everything(seed):
@@ -174,20 +174,21 @@ class Run:
             )
         self.hyperparameters = dict(hyperparameters)
         self._model, self._optimizer, self._scheduler = model, optimizer, scheduler
-        self._history = []  # a dict an epoch: lr and seconds, beside COLUMNS
-        self._best = None
-        self._start_epoch()
+        self._history = None  # save waits until it is clear that this is the same run
+        starts = _STARTS.setdefault(model, {})
         checkpoint_path = self / "checkpoint.pt"
         if not checkpoint_path.exists():
-            starts = _STARTS.setdefault(model, {})
-            if self.folder not in starts:
-                starts[self.folder] = copy.deepcopy(model.state_dict()), _random_state()
-                print(f"{self}: a new run")
-            else:  # stopped in its first epoch and started again from the same notebook: not with half-trained weights
+            if starts.get(self.folder):  # stopped in epoch 1, and started again: not with half-trained weights
                 weights, random_state = starts[self.folder]
                 model.load_state_dict(weights)
                 _set_random_state(random_state)
                 print(f"{self}: a new run, once more from the weights that this model had at its start")
+            else:
+                trained = " from the weights that another run left in this model; make a new model to start afresh"
+                print(f"{self}: a new run{trained if starts else ''}")
+                starts[self.folder] = copy.deepcopy(model.state_dict()), _random_state()
+            self._history, self._best = [], None  # a dict an epoch: lr and seconds, beside COLUMNS
+            self._start_epoch()
             return [], [], [], []
         checkpoint = load_weights(checkpoint_path)
         missing = [key for key in CHECKPOINT if key not in checkpoint] if isinstance(checkpoint, dict) else CHECKPOINT
@@ -204,6 +205,7 @@ class Run:
         optimizer.load_state_dict(checkpoint["optimizer"])
         if scheduler is not None:
             scheduler.load_state_dict(checkpoint["scheduler"])
+        starts.setdefault(self.folder)
         self._history, self._best = checkpoint["history"], checkpoint["best"]
         _set_random_state(checkpoint["random"])
         self._start_epoch()
@@ -245,6 +247,7 @@ class Run:
             "random": _random_state(),
             "history": history,
             "best": best,
+            "made_by": self._made_by(),
         }
         write_atomically(self / "checkpoint.pt", _serialized(checkpoint))
         self._history, self._best = history, best
@@ -263,22 +266,15 @@ class Run:
         writer = csv.DictWriter(table, history[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
-        device = next(self._model.parameters()).device
         summary = {
             "name": self.name,
-            "data": self.data,
             "hyperparameters": self.hyperparameters,
             "epochs_done": len(history),
             "last_test_accuracy_percent": history[-1]["test_acc"],
             "best_test_accuracy_percent": best["test_acc"],
             "best_epoch": best["epoch"],
             "training_seconds": round(sum(row["seconds"] for row in history), 1),
-            "saved": datetime.now(UTC).isoformat(timespec="seconds"),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "threads": torch.get_num_threads(),
-            "platform": platform.platform(),
-            "versions": {"python": platform.python_version()}
-            | {package: version(package) for package in ("torch", "torchvision", "albumentations", "numpy")},
+            **checkpoint.get("made_by", {}),  # which older checkpoints lack
         }
         files = {
             "history.csv": table.getvalue().encode(),
@@ -291,6 +287,19 @@ class Run:
                 write_atomically(self / name, data)
             except PermissionError as error:  # under Windows, while another program has it open
                 print(f"{error}; the run goes on, and writes it after the next epoch or at the next start")
+
+    def _made_by(self):
+        """What the last epoch was trained with and on, which need not be the machine that opens the run."""
+        device = next(self._model.parameters()).device
+        return {
+            "data": self.data,
+            "saved": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "threads": torch.get_num_threads(),
+            "platform": platform.platform(),
+            "versions": {"python": platform.python_version()}
+            | {package: version(package) for package in ("torch", "torchvision", "albumentations", "numpy")},
+        }
 
     def _kinds(self):
         """What the states of optimizer and scheduler fit, by the keys of KINDS."""

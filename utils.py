@@ -17,6 +17,7 @@ import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.colors import PowerNorm
 from torch import optim
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm.auto import tqdm
@@ -25,7 +26,7 @@ from augment import A, ImageBatches, SeededSampler, ShiftScaleRotate, ToTensorV2
 from checks import check_arguments, check_loss, check_optimization, check_scores, checked_batch
 from devices import autocast_dtype, keep_freed_memory, memory_format
 from image_sets import CIFAR10_MEAN, CIFAR10_STD, load_images
-from optimization import get_loss, get_optimizer, get_scheduler
+from optimization import get_loss, get_optimizer, get_scheduler, start_momentum
 from predict import evaluation_mode, predict
 from recipes import flatten_recipe, get_recipe
 from runs import Run, load_weights, seed_everything, write_atomically
@@ -294,6 +295,8 @@ def train(model, device, train_loader, optimizer, criterion, train_losses=None, 
     epoch = f"epoch {len(train_losses) + 1}"
     # float16 gradients of a mean loss underflow unless they are scaled up.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=autocast_dtype(device) == torch.float16)
+    if scaler.is_enabled():
+        start_momentum(optimizer)
     start = time.perf_counter()
     with _progress_bar(train_loader, epoch) as bar:
         tally = Tally(epoch, bar)
@@ -419,16 +422,19 @@ def post_display(train_loader, label_map, path=None):
 
 
 def post_augmentations(train_loader, index=0, path=None):
-    """One training image under sixteen draws of its augmentations."""
+    """One training image as it is, and under fifteen draws of its augmentations."""
     data = train_loader.dataset
-    draws = [get_image_from_tensor(data[index][0]) for _ in range(16)]
-    titles = [f"draw {number}" for number in range(1, 17)]
+    pictures = [data.images[index], *(get_image_from_tensor(data[index][0]) for _ in range(15))]
+    titles = ["as it is", *(f"draw {number}" for number in range(1, 16))]
     heading = f"One image of class {data.classes[data.labels[index]]} under the training transforms: {data.name}"
-    return _finished(_image_grid(draws, titles, heading, 4, 4), path)
+    return _finished(_image_grid(pictures, titles, heading, 4, 4), path)
 
 
 def post_accuracyplots(train_losses, test_losses, train_acc, test_acc, title="", path=None):
-    """2x2 curves: train and test loss (mean per sample), train and test accuracy (%), the best test epoch marked."""
+    """2x2 curves: training and test, loss (mean per sample) and accuracy (%), the best test epoch marked.
+
+    The test panels repeat the training curve, dotted, so that the gap between the two can be read.
+    """
     lengths = [len(values) for values in (train_losses, test_losses, train_acc, test_acc)]
     if len(set(lengths)) > 1 or not lengths[0]:
         raise ValueError(
@@ -436,28 +442,32 @@ def post_accuracyplots(train_losses, test_losses, train_acc, test_acc, title="",
         )
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", sharex=True, sharey="row")
     best = int(np.argmax(test_acc))
-    curves = [
-        ("Training loss", "negative log-likelihood per sample (nats)", train_losses, "tab:blue"),
-        ("Test loss", "negative log-likelihood per sample (nats)", test_losses, "tab:orange"),
-        ("Training accuracy", "accuracy (%)", train_acc, "tab:blue"),
-        ("Test accuracy", "accuracy (%)", test_acc, "tab:orange"),
-    ]
-    for axis, (name, unit, values, color) in zip(axes.flat, curves):
-        axis.plot(range(1, len(values) + 1), values, color=color, marker="." if len(values) < 30 else None)
-        axis.set(title=name, xlabel="epoch", ylabel=unit)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
-        if name.startswith("Test"):
-            label = f"best test epoch: {best + 1}, {test_acc[best]:.2f} %"
-            axis.plot(best + 1, values[best], "o", color="black", markersize=5, label=label)
-            axis.legend()
+    epochs = range(1, len(test_acc) + 1)
+    marker = "." if len(epochs) < 30 else None
+    rows = [("loss", "loss per sample (nats)", train_losses, test_losses)]
+    rows += [("accuracy", "accuracy (%)", train_acc, test_acc)]
+    for (left, right), (what, unit, trained, tested) in zip(axes, rows):
+        left.plot(epochs, trained, color="tab:blue", marker=marker)
+        right.plot(epochs, tested, color="tab:orange", marker=marker)
+        right.plot(epochs, trained, color="tab:blue", linestyle=":", marker=marker, label="training")
+        label = f"best test epoch: {best + 1}, {test_acc[best]:.2f} %"
+        right.plot(best + 1, tested[best], "o", color="black", markersize=5, label=label)
+        right.legend()
+        for axis, split in ((left, "Training"), (right, "Test")):
+            axis.set(title=f"{split} {what}", xlabel="epoch", ylabel=unit)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.grid(alpha=0.3)
     figure.suptitle(title)
     return _finished(figure, path)
 
 
 def post_misclassified(misclassified, label_map, model, title="", path=None):
-    """The first 20 samples that `test` returned as wrong, with true and predicted class and the model's confidence."""
-    shown = misclassified[:20]
+    """20 of the samples that `test` returned as wrong, with true and predicted class and the model's confidence.
+
+    They are spread over the list, which is sorted by class if the images are.
+    """
+    picked = np.linspace(0, len(misclassified) - 1, min(20, len(misclassified)), dtype=int)
+    shown = [misclassified[index] for index in picked]
     classes = _class_names(label_map, [label for _, *both in shown for label in both])
     confidences = []
     if shown:
@@ -469,7 +479,7 @@ def post_misclassified(misclassified, label_map, model, title="", path=None):
         f"{classes[predicted]} ({confidence:.0%})\ntrue: {classes[true]}"
         for (_, true, predicted), confidence in zip(shown, confidences)
     ]
-    heading = f"{len(misclassified):,} misclassified test images, the first {len(shown)}: {title}"
+    heading = f"{len(misclassified):,} misclassified test images, {len(shown)} of them: {title}"
     return _finished(_image_grid([get_image_from_tensor(s[0]) for s in shown], titles, heading, 4, 5), path)
 
 
@@ -479,15 +489,16 @@ def post_confusion_matrix(misclassified, test_loader, label_map, title="", path=
     wrong = np.zeros((len(classes), len(classes)), dtype=int)
     for _, true, predicted in misclassified:
         wrong[true, predicted] += 1
-    totals = np.bincount(torch.cat([labels for _, labels in test_loader]), minlength=len(classes))
+    totals = np.bincount(torch.cat([labels.cpu() for _, labels in test_loader]), minlength=len(classes))
     if len(totals) > len(classes) or (wrong.sum(axis=1) > totals).any():
         raise ValueError("there are more misclassified samples than the loader gives; pass the loader that was tested")
     matrix = wrong + np.diag(totals - wrong.sum(axis=1))
     share = matrix / np.maximum(totals, 1)[:, None]
     figure, axis = plt.subplots(figsize=(8.5, 7.5), layout="constrained")
-    image = axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    # By the square root, or confusions of a few percent would all look white.
+    image = axis.imshow(share, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
     for (row, column), count in np.ndenumerate(matrix):
-        axis.text(column, row, count, ha="center", va="center", color="white" if share[row, column] > 0.5 else "black")
+        axis.text(column, row, count, ha="center", va="center", color="white" if share[row, column] > 0.3 else "black")
     accuracies = [f"{name}  {100 * share[label, label]:.1f} %" for label, name in enumerate(classes)]
     axis.set_yticks(range(len(classes)), accuracies)
     axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
@@ -541,15 +552,18 @@ def post_receptive_field(model, rows, images=None, path=None):
     shown = effective.imshow(field / field.max(), cmap="magma")
     figure.colorbar(shown, ax=effective, label="mean absolute gradient (largest = 1)")
     ys, xs = np.nonzero(field)
-    effective.add_patch(
-        plt.Rectangle(
-            (xs.min() - 0.5, ys.min() - 0.5), xs.max() - xs.min() + 1, ys.max() - ys.min() + 1, fill=False, color="cyan"
-        )
-    )
+    left, top, width, height = xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1
+    boxes = [(left, top, width, height, "cyan", f"its whole extent, {width}x{height}")]
+    if min(width, height) > 32:
+        boxes.append((left + (width - 32) / 2, top + (height - 32) / 2, 32, 32, "white", "an image of 32x32 pixels"))
+    for x, y, width, height, color, label in boxes:
+        box = plt.Rectangle((x - 0.5, y - 0.5), width, height, fill=False, color=color, label=label)
+        effective.add_patch(box)
+    effective.legend(loc="lower right", facecolor="dimgray", labelcolor="white")
     effective.set(
         xlabel="x (pixels)",
         ylabel="y (pixels)",
         title=f"Effective receptive field of the centre output of {rows[-1].name}\n"
-        f"extent {xs.max() - xs.min() + 1}x{ys.max() - ys.min() + 1} (box), theoretical {rows[-1].receptive_field}",
+        f"theoretical: {rows[-1].receptive_field}x{rows[-1].receptive_field}",
     )
     return _finished(figure, path)

@@ -143,15 +143,19 @@ def table(groups):
 
 def describe(result):
     """What the runs of a table should have in common."""
-    processor, threads, torch_version = result["processor"], result["threads"], result["versions"]["torch"]
-    return f"{result['data']}, {processor}, threads of a run: {threads}, torch {torch_version}"
+    dtype = result["type"].removeprefix("torch.")
+    machine = f"{result['processor']} in {dtype}, threads of a run: {result['threads']}"
+    return f"{result['data']}, {machine}, torch {result['versions']['torch']}"
 
 
 def plain_loop_minutes(result):
-    """What the plain loop of reference.py takes for 80 epochs on the processor of a result, by speed.py, or None."""
+    """What the plain loop of reference.py takes for 80 epochs on the machine of a result, by speed.py, or None."""
     for path in sorted(SPEED.glob("speed-*.json")):
         speed = json.loads(path.read_text())
-        if (speed["device"], speed["threads"]) == (result["processor"], result["threads"]):
+        # The type tells processors of one name apart: it depends on what they are fast in.
+        if [speed[key] for key in ("device", "threads", "type")] == [
+            result[key] for key in ("processor", "threads", "type")
+        ]:
             seconds = speed["epoch_seconds"]["reference"] * result["hyperparameters"]["images"] / speed["train_images"]
             return 80 * seconds / 60
     return None
@@ -233,7 +237,7 @@ def main():
             print(
                 f"{recipe}, {epochs} epochs: the plain loop takes {taken:.0f} minutes for 80, {ratio:.1f} times as long"
             )
-    plot(groups, ROOT / "figures" / "accuracy.png")
+    plot(groups, ROOT / "figures" / f"accuracy-{device.type}.png")
 
 
 if __name__ == "__main__":

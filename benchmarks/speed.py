@@ -3,8 +3,8 @@
     python benchmarks/speed.py                      # the images of CIFAR10_ROOT; all of it on a CPU in about 5 minutes
     python benchmarks/speed.py --train-images 50000 --test-images 10000 --repeats 3     # whole epochs, for a GPU
 
-The variants take turns within each repeat, so that a noisy machine disturbs them alike, and the median counts. Prints
-the tables of the README and writes benchmarks/results/speed-<processor>-<type computed in>.json.
+The variants take turns, each in a process of its own, so that a noisy machine disturbs them alike, and the median
+counts. Prints the tables of the README and writes benchmarks/results/speed-<processor>-<type computed in>.json.
 """
 
 import argparse
@@ -46,19 +46,13 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def take_turns(variants, repeats, device):
-    """Median seconds of each variant, {name: seconds}, after one unmeasured turn."""
-    seconds = {name: [] for name in variants}
-    for turn in range(repeats + 1):
-        for name, function in variants.items():
-            synchronize(device)
-            start = time.perf_counter()
-            with contextlib.redirect_stdout(io.StringIO()):
-                function()
-            synchronize(device)
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def seconds_of(function, device):
+    synchronize(device)
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        function()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def first(image_set, n):
@@ -102,51 +96,24 @@ def fast_loader(image_set, transforms, shuffle):
     )
 
 
-class Epoch:
-    """One epoch of training and a test, by the plain loop or by this project."""
-
-    def __init__(self, variant, train_set, test_set, device):
-        self.variant, self.device = variant, device
-        if variant == "reference":
-            self.loaders = reference.get_loaders(train_set, test_set, device, BATCH_SIZE)
-            self.model = reference.get_model().to(device)
-        else:
-            self.loaders = [
-                Waiting(fast_loader(train_set, utils.get_train_transforms(), shuffle=True)),
-                Waiting(fast_loader(test_set, utils.get_test_transforms(), shuffle=False)),
-            ]
-            self.model = Model(0.05).to(device)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
-
-    def __call__(self):
-        train_loader, test_loader = self.loaders
-        if self.variant == "reference":
-            reference.train(self.model, self.device, train_loader, self.optimizer)
-            reference.test(self.model, self.device, test_loader)
-        else:
-            criterion = utils.get_loss()
-            utils.train(self.model, self.device, train_loader, self.optimizer, criterion, [], [])
-            utils.test(self.model, self.device, test_loader, criterion, [], [])
+# What a child process measures of one variant, after one unmeasured round: a dict of numbers.
 
 
-def data_path(train_set, repeats):
-    """Augmented batches in this one process: images per second and core."""
+def measure_loading(variant, device, train_set, test_set):
+    """Augmented batches in one process on one core."""
     sample = first(train_set, 5120)
     compose = utils.get_train_transforms()
-    loader = fast_loader(sample, utils.get_train_transforms(), shuffle=True)
-    if loader.num_workers:  # one core against one core
-        data = loader.dataset
-        loader = DataLoader(data, BATCH_SIZE, sampler=SeededSampler(range(len(data))), collate_fn=as_batch)
+    data = ImageBatches(sample, compose)
+    loader = DataLoader(data, BATCH_SIZE, sampler=SeededSampler(range(len(data))), collate_fn=as_batch)
 
     def one_by_one():
-        for start in range(0, len(sample.images), BATCH_SIZE):
+        for start in range(0, len(data), BATCH_SIZE):
             torch.stack([compose(image=image)["image"] for image in sample.images[start : start + BATCH_SIZE]])
 
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    seconds = take_turns({"reference": one_by_one, "ours": lambda: list(loader)}, repeats, torch.device("cpu"))
-    torch.set_num_threads(threads)
-    return {name: len(sample.images) / value for name, value in seconds.items()}
+    run = one_by_one if variant == "reference" else lambda: list(loader)
+    run()
+    return {"images_per_second": len(data) / seconds_of(run, torch.device("cpu"))}
 
 
 class ReadyBatches(list):
@@ -155,42 +122,87 @@ class ReadyBatches(list):
     dataset = ()
 
 
-def training_step(device, repeats, steps=8):
-    """Steps on tensors that are on the device already, {variant: images per second}; the limit has no dropout.
+def measure_step(variant, device, train_set, test_set):
+    """Training steps on tensors that are on the device already.
 
-    On a GPU "compiled" is this project's step through torch.compile. The second value returned is how many seconds
-    compiling took, with the first steps, or None.
+    "limit" is this project's step without dropout, "compiled", on a GPU, the one through torch.compile; "first_seconds"
+    is what the unmeasured round takes, in which it is compiled.
     """
+    steps = 100 if device.type == "cuda" else 8
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(BATCH_SIZE, 3, 32, 32, generator=generator).to(device)
     labels = torch.randint(0, 10, (BATCH_SIZE,), generator=generator).to(device)
-    batches = ReadyBatches([(images.to(memory_format=torch.channels_last), labels)] * steps)
-    plain = reference.get_model().to(device).train()
-    plain_optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9)
-
-    def plain_steps():
-        for _ in range(steps):
-            reference.train_step(plain, plain_optimizer, images, labels)
-
-    def steps_of(model):
+    if variant == "reference":
+        model = reference.get_model().to(device).train()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        return functools.partial(utils.train, model, device, batches, optimizer, utils.get_loss(), [], [])
 
-    variants = {
-        "reference": plain_steps,
-        "ours": steps_of(Model(0.05).to(device)),
-        "limit": steps_of(Model(0).to(device)),
+        def run():
+            for _ in range(steps):
+                reference.train_step(model, optimizer, images, labels)
+    else:
+        batches = ReadyBatches([(images.to(memory_format=torch.channels_last), labels)] * steps)
+        model = Model(0 if variant == "limit" else 0.05).to(device)
+        optimizer = utils.get_optimizer(model, lr=0.05)
+        model = torch.compile(model) if variant == "compiled" else model
+        run = functools.partial(utils.train, model, device, batches, optimizer, utils.get_loss(), [], [])
+    first_seconds = seconds_of(run, device)
+    return {"first_seconds": first_seconds, "images_per_second": steps * BATCH_SIZE / seconds_of(run, device)}
+
+
+def measure_epoch(variant, device, train_set, test_set):
+    """An epoch of training and a test."""
+    if variant == "reference":
+        train_loader, test_loader = reference.get_loaders(train_set, test_set, device, BATCH_SIZE)
+        model = reference.get_model().to(device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+        def run():
+            reference.train(model, device, train_loader, optimizer)
+            reference.test(model, device, test_loader)
+    else:
+        train_loader = Waiting(fast_loader(train_set, utils.get_train_transforms(), shuffle=True))
+        test_loader = Waiting(fast_loader(test_set, utils.get_test_transforms(), shuffle=False))
+        model = Model(0.05).to(device)
+        optimizer, criterion = utils.get_optimizer(model, lr=0.05), utils.get_loss()
+
+        def run():
+            utils.train(model, device, train_loader, optimizer, criterion, [], [])
+            utils.test(model, device, test_loader, criterion, [], [])
+
+    seconds_of(run, device)
+    loaders = [loader for loader in (train_loader, test_loader) if isinstance(loader, Waiting)]
+    for loader in loaders:
+        loader.seconds = 0.0
+    seconds = seconds_of(run, device)
+    waited = sum(loader.seconds for loader in loaders)
+    # Not getrusage: its maximum begins with that of the process that started this one.
+    status = pathlib.Path("/proc/self/status").read_text()
+    peak = next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    return {"seconds": seconds, "waiting_share": waited / seconds, "peak_megabytes": peak}
+
+
+MEASUREMENTS = {"loading": measure_loading, "step": measure_step, "epoch": measure_epoch}
+
+
+def in_a_process(*arguments):
+    """What a run of this file, or of a piece of code, prints last, as JSON."""
+    done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def take_turns(what, variants, repeats, sizes):
+    """Medians of a measurement, {variant: {quantity: value}}.
+
+    Every measurement has a process of its own, since `train` changes what holds for a process, such as the allocator.
+    """
+    rounds = {variant: [] for variant in variants}
+    for _ in range(repeats):
+        for variant in variants:
+            rounds[variant].append(in_a_process(__file__, *sizes, "--measure", what, variant))
+    return {
+        variant: {quantity: statistics.median(one[quantity] for one in measured) for quantity in measured[0]}
+        for variant, measured in rounds.items()
     }
-    compiling = None
-    if device.type == "cuda":
-        variants["compiled"] = steps_of(torch.compile(Model(0.05).to(device)))
-        start = time.perf_counter()
-        with contextlib.redirect_stdout(io.StringIO()):
-            variants["compiled"]()
-        synchronize(device)
-        compiling = time.perf_counter() - start
-    seconds = take_turns(variants, repeats, device)
-    return {name: steps * BATCH_SIZE / value for name, value in seconds.items()}, compiling
 
 
 def flops_per_image():
@@ -215,12 +227,6 @@ def best_matrix_product(device, dtype):
     return best
 
 
-def in_a_process(*arguments):
-    """What a run of this file, or of a piece of code, prints last, as a number."""
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
-
-
 def processor():
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as cpuinfo:
         return next(line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name"))
@@ -232,34 +238,30 @@ def main():
     parser.add_argument("--train-images", type=int, default=10_000)
     parser.add_argument("--test-images", type=int, default=2_000)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--memory", choices=["reference", "ours"], help=argparse.SUPPRESS)  # the child of in_a_process
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # in a child: which measurement, which variant
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     train_set = first(load_images("cifar10", "train"), arguments.train_images)
     test_set = first(load_images("cifar10", "test"), arguments.test_images)
-    if arguments.memory:
-        with contextlib.redirect_stdout(io.StringIO()):
-            Epoch(arguments.memory, train_set, test_set, device)()
-        # Not getrusage: its maximum begins with that of the process that started this one.
-        status = pathlib.Path("/proc/self/status").read_text()
-        print(next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM")))
+    if arguments.measure:
+        what, variant = arguments.measure
+        print(json.dumps(MEASUREMENTS[what](variant, device, train_set, test_set)))
         return
 
-    loading = data_path(train_set, arguments.repeats)
-    step, compiling = training_step(device, arguments.repeats)
-    epochs = {variant: Epoch(variant, train_set, test_set, device) for variant in ("reference", "ours")}
-    seconds = take_turns(epochs, max(1, arguments.repeats // 2), device)
-    waited = sum(loader.seconds for loader in epochs["ours"].loaders)
-    measured = (max(1, arguments.repeats // 2) + 1) * seconds["ours"]
+    sizes = [f"--train-images={arguments.train_images}", f"--test-images={arguments.test_images}"]
+    both, compiled = ["reference", "ours"], ["compiled"] if device.type == "cuda" else []
+    loading = take_turns("loading", both, arguments.repeats, sizes)
+    steps = take_turns("step", [*both, "limit", *compiled], arguments.repeats, sizes)
+    epochs = take_turns("epoch", both, max(1, arguments.repeats // 2), sizes)
     dtype = utils.autocast_dtype(device)
     matrix = best_matrix_product(device, dtype)
-    sizes = [f"--train-images={arguments.train_images}", f"--test-images={arguments.test_images}"]
-    memory = {variant: in_a_process(__file__, f"--memory={variant}", *sizes) for variant in epochs}
     root = str(pathlib.Path(__file__).parent.parent)
     clock = f"import sys, time; start = time.perf_counter(); sys.path.insert(0, {root!r})\n{FIRST_BATCH}"
     start_up = statistics.median(in_a_process("-c", clock + "print(time.perf_counter() - start)") for _ in range(3))
 
+    loading, step = ({name: row["images_per_second"] for name, row in rows.items()} for rows in (loading, steps))
+    seconds, memory = ({name: row[key] for name, row in epochs.items()} for key in ("seconds", "peak_megabytes"))
     result = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
@@ -271,12 +273,12 @@ def main():
         "data_path_images_per_second_and_core": loading,
         "step_images_per_second": step,
         "epoch_seconds": seconds,
-        "share_of_epoch_waiting_for_data": waited / measured,
+        "share_of_epoch_waiting_for_data": epochs["ours"]["waiting_share"],
         "step_flops_per_second": step["ours"] * flops_per_image(),
         "best_matrix_product_flops_per_second": matrix,
         "peak_resident_megabytes": memory,
         "seconds_from_import_to_first_batch": start_up,
-        "seconds_of_compiling": compiling,
+        "seconds_of_compiling": steps["compiled"]["first_seconds"] if compiled else None,
     }
     name = re.sub(r"\W+", "-", f"speed {result['device']} {str(dtype).removeprefix('torch.')}".lower())
     path = pathlib.Path(__file__).parent / "results" / f"{name}.json"
@@ -297,8 +299,9 @@ def main():
     print(f"| peak resident memory, MB | {memory['reference']:,.0f} | {memory['ours']:,.0f} | | | |\n")
     print(f"share of an epoch that waits for data: {result['share_of_epoch_waiting_for_data']:.1%}")
     print(f"import to first batch, data cached: {start_up:.1f} s")
-    if compiling:
-        print(f"step through torch.compile: {step['compiled']:,.0f} images/s, after {compiling:.0f} s of compiling")
+    if compiled:
+        seconds_of_compiling = result["seconds_of_compiling"]
+        print(f"step through torch.compile: {step['compiled']:,.0f} images/s, after {seconds_of_compiling:.0f} s")
     share = result["step_flops_per_second"] / matrix
     print(f"step: {result['step_flops_per_second'] / 1e9:,.0f} GFLOP/s, {share:.0%} of the best matrix product")
 

@@ -62,13 +62,14 @@ def test_first_epoch_that_reaches_an_accuracy(groups):
     assert accuracy.first_reaching(run, 81.01) is None
 
 
-def test_plain_loop_is_that_of_the_same_processor_and_threads(tmp_path, monkeypatch):
+def test_plain_loop_is_that_of_the_same_processor_threads_and_type(tmp_path, monkeypatch):
     """12 seconds for 10,000 images are 60 for 50,000, so 80 epochs take 80 minutes."""
     monkeypatch.setattr(accuracy, "SPEED", tmp_path)
-    for name, seconds in (("another CPU", 24.0), ("the CPU", 12.0)):
-        measured = {"device": name, "threads": 2, "train_images": 10_000, "epoch_seconds": {"reference": seconds}}
-        (tmp_path / f"speed-{name}.json").write_text(json.dumps(measured))
-    run = {"processor": "the CPU", "threads": 2, "hyperparameters": {"images": 50_000}}
+    for name, dtype, seconds in (("another CPU", "b", 24.0), ("the CPU", "a", 36.0), ("the CPU", "b", 12.0)):
+        measured = {"device": name, "threads": 2, "type": dtype, "train_images": 10_000}
+        measured["epoch_seconds"] = {"reference": seconds}
+        (tmp_path / f"speed-{name}-{dtype}.json").write_text(json.dumps(measured))
+    run = {"processor": "the CPU", "threads": 2, "type": "b", "hyperparameters": {"images": 50_000}}
     assert accuracy.plain_loop_minutes(run) == pytest.approx(80)
     assert accuracy.plain_loop_minutes(run | {"threads": 1}) is None
 

@@ -13,9 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from PIL import Image
 from torch import nn, randn, zeros
 
@@ -547,70 +544,3 @@ def test_seed_that_is_refused_changes_no_generator():
         with pytest.raises(ValueError):
             runs.seed_everything(seed)
     assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
-
-
-# ---- the numeric functions on whatever hypothesis thinks of ----------------------------------------------------------
-
-convolutions = st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(0, 2), st.integers(1, 3))
-
-
-@given(st.lists(convolutions, min_size=1, max_size=4))
-@settings(deadline=None, max_examples=30)
-def test_receptive_field_is_the_formula_on_any_chain(chain):
-    modules = [
-        nn.Conv2d(1, 1, kernel, stride, padding, dilation, bias=False) for kernel, stride, padding, dilation in chain
-    ]
-    rows = receptive_field(nn.Sequential(*modules), input_size=600)
-    jumps = np.cumprod([1] + [stride for _, stride, _, _ in chain])
-    fields = 1 + np.cumsum([(kernel - 1) * dilation * jump for (kernel, _, _, dilation), jump in zip(chain, jumps)])
-    assert [row.receptive_field for row in rows] == fields.tolist() and rows.total == fields[-1]
-    assert [row.jump for row in rows] == jumps[1:].tolist()
-    sizes, side = [], 600
-    for kernel, stride, padding, dilation in chain:
-        side = (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        sizes.append(side)
-    assert [row.size for row in rows] == sizes
-
-
-@given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(3))))
-@settings(deadline=None, max_examples=60)
-def test_pixels_survive_normalisation_and_back(pixels):
-    normalised = utils.get_test_transforms()(image=pixels)["image"]
-    before = normalised.clone()
-    assert np.array_equal(utils.get_image_from_tensor(normalised), pixels)
-    assert torch.equal(normalised, before)
-
-
-@given(hnp.arrays(np.float32, (3, 4, 5), elements=st.floats(-(2.0**100), 2.0**100, width=32)))
-@settings(deadline=None, max_examples=60)
-def test_any_finite_image_is_shown(image):
-    pixels = utils.get_image_from_tensor(torch.from_numpy(image))
-    assert pixels.dtype == np.uint8 and pixels.shape == (4, 5, 3)
-    expected = [
-        [[(0, 255)[x > 0] if abs(x) > 100 else None for x in channel] for channel in row] for row in pixels * 0.0
-    ]
-    del expected
-    bright, dark = image.transpose(1, 2, 0) > 10, image.transpose(1, 2, 0) < -10
-    assert (pixels[bright] == 255).all() and (pixels[dark] == 0).all()
-
-
-@given(st.floats(0.001, 0.999), st.integers(0, 2**32), st.lists(st.integers(0, 30), min_size=1, max_size=4))
-@settings(deadline=None, max_examples=60)
-def test_dropout_keeps_its_share(p, seed, shape):
-    torch.manual_seed(seed)
-    output = layers.Dropout(p).train()(torch.ones(shape))
-    kept, n = int((output != 0).sum()), math.prod(shape)
-    scale = float(torch.tensor(1.0) * (1 / (1 - p)))
-    assert output.shape == torch.Size(shape) and torch.all((output == 0) | (output == scale))
-    spread = math.sqrt(n * p * (1 - p))
-    assert abs(kept - n * (1 - p)) <= 6 * spread + 12  # beyond it once in a hundred million draws
-
-
-@given(hnp.arrays(np.int64, st.integers(0, 40), elements=st.integers(0, 9)), st.integers(0, 2**31))
-@settings(deadline=None, max_examples=60)
-def test_correct_count_is_numpys(labels, seed):
-    scores = np.random.default_rng(seed).normal(size=(len(labels), 10)).astype(np.float32)
-    expected = int((scores.argmax(axis=1) == labels).sum())
-    for predictions in (scores, scores.argmax(axis=1)):
-        counted = count(torch.from_numpy(predictions), torch.from_numpy(labels))
-        assert counted == expected and isinstance(counted, int)

@@ -139,9 +139,11 @@ def test_display_of_a_batch_of_three():
     assert [title for _, title in shown(figure)] == ["c", "a", "b"]
 
 
-def test_augmentations_are_16_draws_of_one_image(digits):
+def test_augmentations_are_an_image_and_15_draws_of_it(digits):
     always = albumentations.Compose([utils.ShiftScaleRotate(p=1), *utils.get_test_transforms().transforms])
-    assert len({pixels.tobytes() for pixels, _ in shown(utils.post_augmentations(loader("train", always)))}) == 16
+    (first, title), *draws = shown(utils.post_augmentations(loader("train", always), 5))
+    assert np.array_equal(first, digits.plain.dataset.images[5]) and "as it is" in title
+    assert len({pixels.tobytes() for pixels in (first, *(pixels for pixels, _ in draws))}) == 16
     figure, data = utils.post_augmentations(digits.plain, 5), digits.plain.dataset
     assert f"class {data.labels[5]} " in figure.get_suptitle()  # the digits' own class names are "0" to "9"
     assert len(shown(figure)) == 16 and all(close(pixels, data.images[5]) for pixels, _ in shown(figure))
@@ -157,16 +159,20 @@ def test_accuracy_curves_and_the_best_test_epoch(epochs):
     assert axes.keys() == expected.keys()
     best = int(np.argmax(history[3]))
     for name, values in expected.items():
-        curve, *marks = axes[name].lines
+        curve, *others = axes[name].lines
         assert curve.get_xydata().tolist() == [[epoch, value] for epoch, value in enumerate(values, start=1)]
         unit = r"accuracy \(%\)" if "accuracy" in name else r"per sample \(nats\)"
         assert axes[name].get_xlabel() == "epoch" and re.search(unit, axes[name].get_ylabel())
         if name.startswith("Training"):
-            assert not marks
+            assert not others
             continue
-        assert [mark.get_xydata().tolist() for mark in marks] == [[[best + 1, values[best]]]]
-        (text,) = axes[name].get_legend().get_texts()
-        assert re.search(rf"\b{best + 1}, {history[3][best]:.2f} %", text.get_text())
+        training, mark = others
+        assert epochs > 1 or training.get_marker() == "."  # a line through one point is invisible
+        assert training.get_ydata().tolist() == expected[name.replace("Test", "Training")]
+        assert training.get_color() == axes[name.replace("Test", "Training")].lines[0].get_color() != curve.get_color()
+        assert mark.get_xydata().tolist() == [[best + 1, values[best]]]
+        first, second = (text.get_text() for text in axes[name].get_legend().get_texts())
+        assert first == "training" and re.search(rf"\b{best + 1}, {history[3][best]:.2f} %", second)
 
 
 def confidence(model, image, label):
@@ -177,12 +183,13 @@ def confidence(model, image, label):
 @pytest.mark.parametrize("count", [0, 1, None])
 def test_misclassified_names_both_classes_and_the_confidence(count, digits):
     wrong = digits.wrong[:count]
+    spread = wrong if len(wrong) <= 20 else [wrong[i * (len(wrong) - 1) // 19] for i in range(20)]  # from end to end
     model = nn.Sequential(nn.Dropout(0.9), *digits.model).train()  # to be measured without dropout
     figure = utils.post_misclassified(wrong, LABEL_MAP, model, title="a run")
     assert f"{len(wrong)} " in figure.get_suptitle() and "a run" in figure.get_suptitle()
     cells = shown(figure)
     assert len(cells) == (20 if count is None else count)
-    for (pixels, title), (image, true, predicted) in zip(cells, wrong):
+    for (pixels, title), (image, true, predicted) in zip(cells, spread):
         assert close(pixels, utils.get_image_from_tensor(image))
         guess, percent, truth = re.fullmatch(r"(\w+) \((\d+)%\)\ntrue: (\w+)", title).groups()
         assert (guess, truth) == (NAMES[predicted], NAMES[true])
@@ -216,6 +223,8 @@ def test_confusion_matrix_is_that_of_scikit_learn(digits):
     assert np.array_equal(matrix, expected) and not np.array_equal(matrix, matrix.T)
     shares = confusion_matrix(digits.true, digits.predicted, normalize="true")
     assert np.allclose(axis.images[0].get_array(), shares)
+    background = axis.images[0].norm([0, 0.05, 1])
+    assert background[0] == 0 and background[1] > 0.2 and background[2] == 1  # a confusion of 5 % is plain to see
     assert "predicted" in axis.get_xlabel() and "true" in axis.get_ylabel()
     assert [label.get_text() for label in axis.get_xticklabels()] == NAMES
     recalls = recall_score(digits.true, digits.predicted, average=None)
@@ -244,14 +253,17 @@ def test_receptive_field_of_the_model(images, corner):
     convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     assert [label.get_text().split()[0] for label in growth.get_yticklabels()] == convolutions[:16]
     assert all("pixels" in label for label in (growth.get_xlabel(), effective.get_xlabel(), effective.get_ylabel()))
-    (box,) = effective.patches
-    assert (*box.get_xy(), box.get_width(), box.get_height()) == (corner - 0.5, corner - 0.5, 95, 95)
-    assert "95x95" in effective.get_title()
+    boxes = [(*box.get_xy(), box.get_width(), box.get_height()) for box in effective.patches]
+    middle = corner + 47 - 16  # of an image around the same pixel, or half a pixel beside it, since it is even
+    assert boxes[0] == (corner - 0.5, corner - 0.5, 95, 95) and boxes[1] == (middle, middle, 32, 32)
+    extent, image = (text.get_text() for text in effective.get_legend().get_texts())
+    assert "95x95" in effective.get_title() and "95x95" in extent and "32x32" in image
     assert all(p.grad is None for p in model.parameters()) and not any(m._forward_hooks for m in model.modules())
 
 
 def test_effective_receptive_field_is_the_mean_absolute_gradient():
     rows = models.receptive_field(CONVOLUTION)
     figure = utils.post_receptive_field(CONVOLUTION, rows, torch.rand(4, 3, 5, 5))
+    assert len(figure.axes[1].patches) == 1  # an image of 32x32 would not fit in
     gradient = CONVOLUTION[0].weight.detach()[0].abs().mean(0)  # of a single convolution: its weights
     assert np.allclose(figure.axes[1].images[0].get_array(), gradient / gradient.max(), atol=1e-6)

@@ -109,11 +109,40 @@ def test_going_on_rewrites_the_same_files(tmp_path):
     before = files(tmp_path / "small")
     for name in READABLE:  # lost, say, in a copy from elsewhere; the checkpoint has it all
         (tmp_path / "small" / name).unlink()
-    small(tmp_path)
+    run = runs.Run("small", data="of who opens it", root=tmp_path)  # not what it was trained on
+    model = torch.nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    run.resume(HYPERPARAMETERS, model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=2))
     after = files(tmp_path / "small")
     assert before.keys() == after.keys()
-    for name in before.keys() - {"run.json"}:
+    for name in before:
         assert before[name] == after[name], name
+
+
+def test_a_run_that_was_refused_cannot_be_overwritten(tmp_path):
+    start_small(tmp_path, test_acc=[10.0])
+    before = files(tmp_path / "small")
+    model = torch.nn.Linear(1, 1, bias=False)
+    run = runs.Run("small", root=tmp_path)
+    with pytest.raises(ValueError, match="another run"):
+        run.resume(HYPERPARAMETERS | {"seed": 5}, model, torch.optim.SGD(model.parameters(), lr=0.5))
+    with pytest.raises(RuntimeError, match="before resume"):
+        save_small(run, model, ([], [], [], []), 20.0)
+    assert files(tmp_path / "small") == before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_new_run_says_that_the_model_comes_from_another(finished, tmp_path, capsys):
+    """As when a notebook is given another RUN_NAME, and the cell that makes the model is not run again."""
+    if finished:
+        start_small(tmp_path, test_acc=[10.0])
+    _, model, _ = small(tmp_path)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    capsys.readouterr()
+    runs.Run("other", root=tmp_path).resume(HYPERPARAMETERS, model, optimizer)
+    assert "a new run from the weights that another run left" in capsys.readouterr().out
+    small(tmp_path / "elsewhere")
+    assert capsys.readouterr().out.strip().endswith("small: a new run")
 
 
 def test_lists_that_do_not_follow_the_last_save_are_refused(tmp_path):
