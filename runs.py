@@ -266,6 +266,7 @@ class Run:
         writer = csv.DictWriter(table, history[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
+        saved = (self / "checkpoint.pt").stat().st_mtime
         summary = {
             "name": self.name,
             "hyperparameters": self.hyperparameters,
@@ -274,6 +275,7 @@ class Run:
             "best_test_accuracy_percent": best["test_acc"],
             "best_epoch": best["epoch"],
             "training_seconds": round(sum(row["seconds"] for row in history), 1),
+            "saved": datetime.fromtimestamp(saved, UTC).isoformat(timespec="seconds"),
             **checkpoint.get("made_by", {}),  # which older checkpoints lack
         }
         files = {
@@ -293,7 +295,6 @@ class Run:
         device = next(self._model.parameters()).device
         return {
             "data": self.data,
-            "saved": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "threads": torch.get_num_threads(),
             "platform": platform.platform(),
