@@ -119,6 +119,17 @@ def test_going_on_rewrites_the_same_files(tmp_path):
         assert before[name] == after[name], name
 
 
+def test_a_checkpoint_of_before_it_said_what_made_it_goes_on(tmp_path):
+    start_small(tmp_path, test_acc=[10.0])
+    checkpoint = runs.load_weights(tmp_path / "small" / "checkpoint.pt")
+    del checkpoint["made_by"]
+    torch.save(checkpoint, tmp_path / "small" / "checkpoint.pt")
+    run, model, lists = small(tmp_path)
+    assert "threads" not in json.loads((run / "run.json").read_text())  # rather than those of who opens it
+    save_small(run, model, lists, 20.0)
+    assert json.loads((run / "run.json").read_text())["threads"] == torch.get_num_threads()
+
+
 def test_a_run_that_was_refused_cannot_be_overwritten(tmp_path):
     start_small(tmp_path, test_acc=[10.0])
     before = files(tmp_path / "small")
