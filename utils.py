@@ -6,8 +6,6 @@ the other.
 """
 
 import io
-import math
-import operator
 import os
 import pathlib
 import time
@@ -20,7 +18,6 @@ import torch
 from matplotlib.colors import PowerNorm
 from torch import optim
 from torch.utils.data import DataLoader, RandomSampler
-from tqdm.auto import tqdm
 
 from augment import A, ImageBatches, SeededSampler, ShiftScaleRotate, ToTensorV2, as_batch
 from checks import check_arguments, check_loss, check_optimization, check_scores, checked_batch
@@ -28,6 +25,7 @@ from devices import autocast_dtype, keep_freed_memory, memory_format
 from image_sets import CIFAR10_MEAN, CIFAR10_STD, load_images
 from optimization import get_loss, get_optimizer, get_scheduler, start_momentum
 from predict import evaluation_mode, predict
+from progress import Tally, progress_bar, report
 from recipes import flatten_recipe, get_recipe
 from runs import Run, load_weights, seed_everything, write_atomically
 
@@ -197,39 +195,6 @@ def GetCorrectPredCount(pPrediction, pLabels):
     return indices.eq(pLabels).sum().item()
 
 
-class Tally:
-    """Running loss and accuracy of one epoch. They stay on the device, because to read them is to wait for it."""
-
-    def __init__(self, what, bar):
-        self.what, self.bar = what, bar
-        self.losses, self.sizes, self.correct = [], [], 0
-        self.last_shown = time.monotonic()
-
-    def add(self, loss, scores, labels):
-        self.losses.append(loss.detach())
-        self.sizes.append(len(labels))
-        self.bar.update()
-        self.correct += (scores.detach().argmax(dim=1) == labels).sum()
-        if time.monotonic() - self.last_shown > 0.5:
-            self.bar.set_postfix_str("loss {:.4f}, accuracy {:.2f} %".format(*self.read()), refresh=False)
-            self.last_shown = time.monotonic()
-
-    def read(self):
-        """(mean loss per sample, accuracy in %) so far."""
-        if not self.losses:
-            raise ValueError(f"{self.what}: the loader is empty; it gave no batch")
-        losses = torch.stack(self.losses).tolist()
-        for batch, loss in enumerate(losses, start=1):
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"{self.what}, batch {batch}: the loss is {loss}. Look for non-finite values in data and weights; "
-                    "if training itself got there, go on from the last checkpoint with a smaller learning rate"
-                )
-        seen = sum(self.sizes)
-        mean_loss = sum(loss * size for loss, size in zip(losses, self.sizes)) / seen
-        return mean_loss, 100 * int(self.correct) / seen
-
-
 def _prepare(model, device):
     """The model in the memory format that suits the device, which is told to be fast."""
     if device.type == "cpu":
@@ -253,19 +218,6 @@ def _forward(model, device, images, labels, criterion):
     loss = criterion(scores, labels_on_device)
     check_loss(loss)
     return loss, scores, labels_on_device
-
-
-def _progress_bar(loader, description):
-    """A bar in a notebook or a terminal; none in a log file, or where tqdm's own switch TQDM_DISABLE is set."""
-    off = True if os.environ.get("TQDM_DISABLE") else None  # None leaves it to whether there is a terminal
-    # It gets the length and not the loader, of which older versions of tqdm start a second epoch.
-    total = operator.length_hint(loader) or None
-    return tqdm(total=total, desc=description, unit="batch", leave=False, disable=off)
-
-
-def _report(epoch, split, loss, accuracy, seconds, loader):
-    data = getattr(getattr(loader, "dataset", loader), "name", type(loader).__name__)
-    print(f"{epoch:>8}  {split:5}  loss {loss:.4f}  accuracy {accuracy:5.2f} %  {seconds:6.1f} s  [{data}]", flush=True)
 
 
 def train(model, device, train_loader, optimizer, criterion, train_losses=None, train_acc=None, scheduler=None):
@@ -298,7 +250,7 @@ def train(model, device, train_loader, optimizer, criterion, train_losses=None, 
     if scaler.is_enabled():
         start_momentum(optimizer)
     start = time.perf_counter()
-    with _progress_bar(train_loader, epoch) as bar:
+    with progress_bar(train_loader, epoch) as bar:
         tally = Tally(epoch, bar)
         for images, labels in map(checked_batch, train_loader):
             optimizer.zero_grad()
@@ -312,7 +264,7 @@ def train(model, device, train_loader, optimizer, criterion, train_losses=None, 
         mean_loss, accuracy = tally.read()
     train_losses.append(mean_loss)
     train_acc.append(accuracy)
-    _report(epoch, "train", mean_loss, accuracy, time.perf_counter() - start, train_loader)
+    report(epoch, "train", mean_loss, accuracy, time.perf_counter() - start, train_loader)
 
 
 class Misclassified(NamedTuple):
@@ -324,6 +276,19 @@ class Misclassified(NamedTuple):
     image: torch.Tensor
     true: np.int64
     predicted: np.int64
+
+
+def _read_misclassified(unread):
+    """The misclassified samples of a list of batches (images, labels, predictions), which it empties."""
+    misclassified = []
+    for images, labels, predictions in unread:
+        labels, predictions = labels.cpu(), predictions.cpu()
+        (indices,) = torch.nonzero(predictions != labels, as_tuple=True)
+        misclassified += map(
+            Misclassified, images.cpu()[indices], labels[indices].numpy(), predictions[indices].numpy()
+        )
+    unread.clear()
+    return misclassified
 
 
 @torch.no_grad()
@@ -340,21 +305,21 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None)
     check_arguments(model, device, criterion, test_losses, test_acc)
     model = _prepare(model, device)
     model.eval()
-    wrong = []
+    misclassified, unread = [], []
     start = time.perf_counter()
-    with _progress_bar(test_loader, "test") as bar:
+    with progress_bar(test_loader, "test") as bar:
         tally = Tally("test", bar)
         for images, labels in map(checked_batch, test_loader):
             loss, scores, labels_on_device = _forward(model, device, images, labels, criterion)
-            tally.add(loss, scores, labels_on_device)
-            labels, predictions = labels.cpu(), scores.argmax(dim=1).cpu()
-            (indices,) = torch.nonzero(predictions != labels, as_tuple=True)
-            wrong += map(Misclassified, images.cpu()[indices], labels[indices].numpy(), predictions[indices].numpy())
+            unread.append((images, labels, scores.argmax(dim=1)))
+            if tally.add(loss, scores, labels_on_device):
+                misclassified += _read_misclassified(unread)
         mean_loss, accuracy = tally.read()
+    misclassified += _read_misclassified(unread)
     test_losses.append(mean_loss)
     test_acc.append(accuracy)
-    _report("", "test", mean_loss, accuracy, time.perf_counter() - start, test_loader)
-    return wrong
+    report("", "test", mean_loss, accuracy, time.perf_counter() - start, test_loader)
+    return misclassified
 
 
 test.__test__ = False  # not one of pytest's, in a test file with `from utils import *`

@@ -48,8 +48,8 @@ def train_recipe(name, epochs, seed, device):
     criterion = utils.get_loss(**recipe["loss"])
     data = train_loader.dataset
     run = utils.Run(run_name(name, epochs, seed, device.type), data=data.name, root=RUNS)
-    settings = utils.flatten_recipe(recipe)
-    settings |= {"dataset": data.name, "images": len(data), "seed": seed, "epochs": epochs}
+    settings = utils.flatten_recipe(recipe | {"epochs": epochs})
+    settings |= {"dataset": data.name, "images": len(data), "seed": seed, "classes": ", ".join(class_to_idx)}
     train_losses, train_acc, test_losses, test_acc = run.resume(settings, model, optimizer, scheduler)
     for _ in range(len(train_losses), epochs):
         utils.train(model, device, train_loader, optimizer, criterion, train_losses, train_acc, scheduler)

@@ -1,6 +1,8 @@
 """train, test and the helpers: means against sums by hand, learning, and what they print."""
 
+import itertools
 import math
+import types
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import progress
 import utils
 from models import Model
 
@@ -49,7 +52,11 @@ class Loader(list):
     dataset = ()
 
 
-def test_test_reports_means_per_sample(batches, in_float32):
+@pytest.mark.parametrize("seconds_per_batch", [0, 1])
+def test_test_reports_means_per_sample(batches, in_float32, monkeypatch, seconds_per_batch):
+    """Also when what was got wrong is read from the device twice a second, and not only at the end."""
+    clock = types.SimpleNamespace(monotonic=itertools.count(step=seconds_per_batch).__next__)
+    monkeypatch.setattr(progress, "time", clock)
     torch.manual_seed(0)
     model, losses, accuracies = Linear(), [], []
     wrong = utils.test(model, "cpu", Loader(batches), utils.get_loss(), losses, accuracies)
