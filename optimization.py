@@ -66,15 +66,25 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
     return optimizer(groups, lr=lr, **options)
 
 
-def start_momentum(optimizer):
-    """Give a fused SGD zeros for momentum, from which its first step is the same as from none.
+def fit_fused_state(optimizer):
+    """Bring the state of a fused optimizer into the form that its kernels need, before it takes steps.
 
-    Where GradScaler skips the first step, torch would go on from momentum that it has allocated and not set.
+    SGD gets zeros for momentum, from which a first step is the same as from none. Without them, torch fails where some
+    parameters have momentum and others, unfrozen later, have none; and where GradScaler skips the first step, it goes
+    on from momentum that it has allocated and not set. Then, state that was kept in another memory layout than the
+    parameter, as by an Apple GPU, is refused by the kernels.
     """
     for group in optimizer.param_groups:
-        if isinstance(optimizer, optim.SGD) and group["fused"] and group["momentum"] and not group["dampening"]:
-            for parameter in group["params"]:
-                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+        if not group.get("fused"):
+            continue
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if isinstance(optimizer, optim.SGD) and group["momentum"] and not group["dampening"]:
+                state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    if value.stride() != parameter.stride():
+                        state[name] = torch.empty_like(parameter).copy_(value)
 
 
 IN_EPOCHS = {"T_max", "T_0", "total_iters", "milestones"}  # options of schedulers that torch counts in steps

@@ -17,12 +17,12 @@ class Tally:
         self.losses, self.sizes, self.correct = [], [], 0
         self.last_shown = time.monotonic()
 
-    def add(self, loss, scores, labels):
+    def add(self, loss, predictions, labels):
         """Count a batch; returns whether the device was waited for, to show how far it is."""
         self.losses.append(loss.detach())
         self.sizes.append(len(labels))
         self.bar.update()
-        self.correct += (scores.detach().argmax(dim=1) == labels).sum()
+        self.correct += (predictions == labels).sum()
         if time.monotonic() - self.last_shown <= 0.5:
             return False
         self.bar.set_postfix_str("loss {:.4f}, accuracy {:.2f} %".format(*self.read()), refresh=False)
@@ -36,9 +36,10 @@ class Tally:
         losses = torch.stack(self.losses).tolist()
         for batch, loss in enumerate(losses, start=1):
             if not math.isfinite(loss):
+                advice = "; if training itself got there, go on from the last checkpoint with a smaller learning rate"
                 raise FloatingPointError(
-                    f"{self.what}, batch {batch}: the loss is {loss}. Look for non-finite values in data and weights; "
-                    "if training itself got there, go on from the last checkpoint with a smaller learning rate"
+                    f"{self.what}, batch {batch}: the loss is {loss}. Look for non-finite values in data and weights"
+                    f"{'' if self.what == 'test' else advice}"
                 )
         seen = sum(self.sizes)
         mean_loss = sum(loss * size for loss, size in zip(losses, self.sizes)) / seen

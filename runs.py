@@ -36,11 +36,7 @@ import torch
 COLUMNS = ("train_loss", "train_acc", "test_loss", "test_acc")
 CHECKPOINT = ("hyperparameters", "kinds", "network", "model", "optimizer", "scheduler", "random", "history", "best")
 MAY_CHANGE = ("epochs",)  # hyperparameters that leave a checkpoint meaningful
-KINDS = {
-    "optimizer": "the optimizer",
-    "optimizer_parameters": "the number of parameters of the optimizer",
-    "scheduler": "the scheduler",
-}
+KINDS = {"optimizer": "the optimizer", "scheduler": "the scheduler"}
 
 _STARTS = weakref.WeakKeyDictionary()  # {model: {folder: weights and random state before epoch 1, None if unknown}}
 
@@ -306,7 +302,6 @@ class Run:
         """What the states of optimizer and scheduler fit, by the keys of KINDS."""
         return {
             "optimizer": type(self._optimizer).__name__,
-            "optimizer_parameters": sum(len(group["params"]) for group in self._optimizer.param_groups),
             "scheduler": type(self._scheduler).__name__ if self._scheduler else None,
         }
 
@@ -322,6 +317,9 @@ class Run:
             for what, kind in self._kinds().items()
             if checkpoint["kinds"].get(what) != kind
         ]
+        then, now = map(_group_sizes, (checkpoint["optimizer"]["param_groups"], self._optimizer.param_groups))
+        if then != now:
+            differences.append(f"the number of parameters in the optimizer was {then} and is {now}")
         then = _schedule_length(checkpoint["scheduler"])
         now = _schedule_length(self._scheduler.state_dict() if self._scheduler else None)
         if then != now:
@@ -336,14 +334,25 @@ class Run:
             for name in sorted(shapes.keys() | now.keys())
             if shapes.get(name) != now.get(name)
         ]
-        layers = zip_longest(checkpoint["network"].splitlines(), repr(self._model).splitlines(), fillvalue="nothing")
-        differences += [f"a layer was {then.strip()} and is {now.strip()}" for then, now in layers if then != now]
+        # Another version of torch may print the same layers otherwise.
+        if checkpoint.get("made_by", {}).get("versions", {}).get("torch") == version("torch"):
+            then, now = checkpoint["network"].splitlines(), repr(self._model).splitlines()
+            differences += [
+                f"a layer was {old.strip()} and is {new.strip()}"
+                for old, new in zip_longest(then, now, fillvalue="nothing")
+                if old != new
+            ]
         if differences:
             more = f", and {len(differences) - 5} more differences" if len(differences) > 5 else ""
             raise ValueError(
                 f"the checkpoint in {self.folder} is of another run: {'; '.join(differences[:5])}{more}. To start "
                 f"afresh, choose another RUN_NAME or delete {self.folder}; to go on, put the old values back"
             )
+
+
+def _group_sizes(param_groups):
+    """How many parameters an optimizer has, group by group, such as "16 + 28"."""
+    return " + ".join(str(len(group["params"])) for group in param_groups)
 
 
 def _schedule_length(state):

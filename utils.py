@@ -23,7 +23,7 @@ from augment import A, ImageBatches, SeededSampler, ShiftScaleRotate, ToTensorV2
 from checks import check_arguments, check_loss, check_optimization, check_scores, checked_batch
 from devices import autocast_dtype, keep_freed_memory, memory_format
 from image_sets import CIFAR10_MEAN, CIFAR10_STD, load_images
-from optimization import get_loss, get_optimizer, get_scheduler, start_momentum
+from optimization import fit_fused_state, get_loss, get_optimizer, get_scheduler
 from predict import evaluation_mode, predict
 from progress import Tally, progress_bar, report
 from recipes import flatten_recipe, get_recipe
@@ -247,8 +247,7 @@ def train(model, device, train_loader, optimizer, criterion, train_losses=None, 
     epoch = f"epoch {len(train_losses) + 1}"
     # float16 gradients of a mean loss underflow unless they are scaled up.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=autocast_dtype(device) == torch.float16)
-    if scaler.is_enabled():
-        start_momentum(optimizer)
+    fit_fused_state(optimizer)
     start = time.perf_counter()
     with progress_bar(train_loader, epoch) as bar:
         tally = Tally(epoch, bar)
@@ -260,7 +259,7 @@ def train(model, device, train_loader, optimizer, criterion, train_losses=None, 
             scaler.update()
             if scheduler is not None:
                 scheduler.step()
-            tally.add(loss, scores, labels)
+            tally.add(loss, scores.argmax(dim=1), labels)
         mean_loss, accuracy = tally.read()
     train_losses.append(mean_loss)
     train_acc.append(accuracy)
@@ -311,8 +310,9 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None)
         tally = Tally("test", bar)
         for images, labels in map(checked_batch, test_loader):
             loss, scores, labels_on_device = _forward(model, device, images, labels, criterion)
-            unread.append((images, labels, scores.argmax(dim=1)))
-            if tally.add(loss, scores, labels_on_device):
+            predictions = scores.argmax(dim=1)
+            unread.append((images, labels, predictions))
+            if tally.add(loss, predictions, labels_on_device):
                 misclassified += _read_misclassified(unread)
         mean_loss, accuracy = tally.read()
     misclassified += _read_misclassified(unread)

@@ -249,6 +249,17 @@ def test_a_changed_layer_is_refused_though_its_weights_would_fit(tmp_path):
         run.resume({}, model, utils.get_optimizer(model))
 
 
+def test_a_network_that_another_torch_prints_otherwise_is_the_same(tmp_path):
+    """BatchNorm2d says `bias=True` since 2.14, and did not before."""
+    start_small(tmp_path, test_acc=[10.0])
+    path = tmp_path / "small" / "checkpoint.pt"
+    checkpoint = runs.load_weights(path)
+    checkpoint["network"] = "Linear(another=wording)"
+    checkpoint["made_by"]["versions"]["torch"] = "2.6.0"
+    torch.save(checkpoint, path)
+    assert small(tmp_path)[2][3] == [10.0]
+
+
 def test_a_change_of_folder_loses_no_epoch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run, model, lists = small("runs")
@@ -262,6 +273,16 @@ def test_another_optimizer_is_refused(tmp_path):
     start_small(tmp_path, test_acc=[10.0])
     model = torch.nn.Linear(1, 1, bias=False)
     assert_refused(tmp_path, ["SGD", "Adam"], model=model, optimizer=torch.optim.Adam(model.parameters()))
+
+
+def test_other_groups_of_parameters_are_refused(tmp_path):
+    def start(decay):
+        model = torch.nn.Linear(1, 1)
+        return {"model": model, "optimizer": utils.get_optimizer(model, lr=0.5, weight_decay=0.1, decay=decay)}
+
+    run, model, lists = small(tmp_path, **start("all"))
+    save_small(run, model, lists, 10.0)
+    assert_refused(tmp_path, ["parameters in the optimizer was 2 and is 1 + 1"], **start("weights"))
 
 
 def test_another_scheduler_is_refused(tmp_path):

@@ -305,7 +305,7 @@ def test_star_import_gives_the_names_of_the_contract():
 
 
 def float16_epoch(batches, fused, monkeypatch):
-    """(weights after an epoch in float16, how often it read a number from the device in between)."""
+    """(weights after an epoch in float16, how often GradScaler asked the device whether gradients had overflowed)."""
     monkeypatch.setattr(utils, "autocast_dtype", lambda device: torch.float16)
     read, item = [], torch.Tensor.item
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: read.append(tensor) or item(tensor))
@@ -322,6 +322,39 @@ def test_a_fused_optimizer_learns_the_same_and_does_not_wait_in_every_step(batch
     fused, fused_waits = float16_epoch(batches, True, monkeypatch)
     assert waits >= len(batches) and fused_waits == 0
     torch.testing.assert_close(fused, plain)
+
+
+def test_a_fused_optimizer_goes_on_as_a_plain_one_does(batches, in_float32):
+    """After parameters were unfrozen, and with momentum in the memory layout that another device left it in."""
+    trained = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 6), nn.Flatten(), nn.LogSoftmax(dim=1))
+        first, second = model[0].weight, model[1].weight
+        first.requires_grad_(False)
+        optimizer = utils.get_optimizer(model, lr=0.1, fused=fused)
+        utils.train(model, "cpu", Loader(batches), optimizer, utils.get_loss())
+        momentum = optimizer.state[second]["momentum_buffer"]
+        optimizer.state[second]["momentum_buffer"] = momentum.clone(memory_format=torch.contiguous_format)
+        assert momentum.stride() != optimizer.state[second]["momentum_buffer"].stride()
+        first.requires_grad_(True)
+        utils.train(model, "cpu", Loader(batches), optimizer, utils.get_loss())
+        trained.append([first.detach(), second.detach()])
+    torch.testing.assert_close(*trained)
+
+
+@pytest.mark.parametrize("epoch", ["train", "test"])
+def test_what_an_epoch_counts_is_read_from_the_device_at_its_end(batches, monkeypatch, epoch):
+    """And a few times a second in between, to be shown, but not while the clock stands still."""
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: 0.0))
+    reads, read = [], progress.Tally.read
+    monkeypatch.setattr(progress.Tally, "read", lambda tally: reads.append(tally) or read(tally))
+    model = Linear()
+    if epoch == "train":
+        utils.train(model, "cpu", Loader(batches), utils.get_optimizer(model), utils.get_loss())
+    else:
+        utils.test(model, "cpu", Loader(batches), utils.get_loss())
+    assert len(reads) == 1
 
 
 def test_a_fused_optimizer_survives_an_overflow_in_its_first_step(batches, monkeypatch):
