@@ -250,7 +250,7 @@ def test_a_changed_layer_is_refused_though_its_weights_would_fit(tmp_path):
 
 
 def test_a_network_that_another_torch_prints_otherwise_is_the_same(tmp_path):
-    """BatchNorm2d says `bias=True` since 2.14, and did not before."""
+    """As torch 2.14 prints `bias=True` in BatchNorm2d, which 2.6 does not."""
     start_small(tmp_path, test_acc=[10.0])
     path = tmp_path / "small" / "checkpoint.pt"
     checkpoint = runs.load_weights(path)
