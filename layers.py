@@ -55,9 +55,9 @@ class Dropout(nn.Dropout):
 class _DropPositions(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, p):
-        scaled = x * (1 / (1 - p))
-        positions = _dropped_positions(scaled.numel(), p)
+        positions = _dropped_positions(x.numel(), p)
         ctx.save_for_backward(positions)
+        scaled = x * (1 / (1 - p))
         ctx.scale, ctx.strides = 1 / (1 - p), scaled.stride()
         return _zero(scaled, positions)
 
@@ -83,8 +83,9 @@ def _dropped_positions(n, p):
     while last < n:
         uniform = torch.empty(draws // 4 + 1, dtype=torch.int64).random_(-(2**63), None)  # four of 16 bits in each
         drawn = distances.take(uniform.numpy().view(np.uint16), mode="clip")  # "clip" only saves a check
+        drawn = torch.from_numpy(drawn).to(torch.int64)
         drawn[0] += last
-        rounds.append(torch.from_numpy(drawn).cumsum(0))
+        rounds.append(drawn.cumsum_(0))
         last = rounds[-1][-1].item()
     positions = rounds[0] if len(rounds) == 1 else torch.cat(rounds)
     return positions[: torch.searchsorted(positions, n)]
@@ -92,10 +93,12 @@ def _dropped_positions(n, p):
 
 @functools.lru_cache
 def _geometric_quantiles(p):
-    """Distances from one dropped unit to the next, int64 (65536,), all equally likely.
+    """Distances from one dropped unit to the next, (65536,), all equally likely; uint16 if they fit, else int64.
+
+    The layers around it push the table out of the cache every time, so its size matters.
 
     P(distance > k) = (1 - p)^k, inverted in the middle of each 65,536th. Their mean is 1 / p to within 1 in 10,000.
     """
     uniform = (np.arange(2**16) + 0.5) / 2**16
-    distances = np.log(uniform) // math.log1p(-p) + 1
-    return np.minimum(distances, 2**50).astype(np.int64)  # longer than any tensor, and a sum of many still fits
+    distances = np.minimum(np.log(uniform) // math.log1p(-p) + 1, 2**50)  # longer than any tensor, and sums still fit
+    return distances.astype(np.uint16 if distances.max() < 2**16 else np.int64)

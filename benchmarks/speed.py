@@ -238,9 +238,13 @@ def best_matrix_product(device, dtype):
 
 
 def processor():
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as cpuinfo:
-        return next(line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name"))
-    return platform.processor()
+    """The CPU's name, with its family and model, as virtual machines call very different CPUs by one name."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        return f"{facts['model name']}, family {facts['cpu family']}, model {facts['model']}"
+    except (OSError, KeyError):  # not Linux, or not x86
+        return platform.processor() or platform.machine()
 
 
 def main():
