@@ -102,14 +102,16 @@ def get_scheduler(optimizer, step_size=10, gamma=0.1, name="StepLR", epochs=None
             for one to be stepped after every batch, as `train` does with the scheduler that it is given.
 
     Raises:
-        ValueError: unknown name, a step_size or steps_per_epoch below 1, a negative gamma, a run too short for
-            OneCycleLR, or a scheduler that has no length in epochs and so cannot be stepped after every batch.
+        ValueError: unknown name; a step_size, epochs or steps_per_epoch below 1, or a negative gamma; a run too short
+            for OneCycleLR; a scheduler that has no length in epochs and so cannot be stepped after every batch.
     """
     base = optim.lr_scheduler.LRScheduler
     scheduler = _named(name, "scheduler", _classes(optim.lr_scheduler, base))
     taken = inspect.signature(scheduler).parameters
     if "step_size" in taken and (step_size < 1 or gamma < 0):
         raise ValueError(f"step_size is {step_size} and gamma {gamma}; they must be at least 1 epoch and not negative")
+    if epochs is not None and epochs < 1:
+        raise ValueError(f"epochs is {epochs}; a run has at least 1")
     if steps_per_epoch < 1:
         raise ValueError(f"steps_per_epoch is {steps_per_epoch}; it must be 1, or the number of batches of an epoch")
     if steps_per_epoch > 1 and not {"step_size", "steps_per_epoch", *IN_EPOCHS} & taken.keys():

@@ -105,47 +105,63 @@ def mean_and_spread(values):
 
 
 def first_reaching(result, accuracy):
-    """(epoch, minutes) at which a run first has this test accuracy, or None."""
-    seconds = 0
-    for row in result["history"]:
-        seconds += row["seconds"]
-        if row["test_acc"] >= accuracy:
-            return int(row["epoch"]), seconds / 60
-    return None
+    """The epoch after which a run first has this test accuracy, or None."""
+    return next((int(row["epoch"]) for row in result["history"] if row["test_acc"] >= accuracy), None)
 
 
-def minutes(result):
-    return sum(row["seconds"] for row in result["history"]) / 60
+def as_table(lines):
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
 
 
-def table(groups):
+def accuracy_table(groups):
     """The README's table: a row a recipe and schedule, accuracies in % as mean ± standard deviation over the seeds."""
     milestones = (10, 20, 40)
     baseline = groups.get(("s9", 80), [])
     goal = statistics.mean(result["test_accuracy_percent"] for result in baseline) if baseline else None
     head = ["recipe", "epochs", "seeds", *(f"after epoch {epoch}" for epoch in milestones), "last", "training images"]
-    lines = [[*head, "as good as s9 at its end", "minutes"]]
+    lines = [[*head, "as good as s9 at its end"]]
     for (recipe, epochs), results in groups.items():
         reached = [first_reaching(result, goal) for result in results] if goal else []
         if reached and None not in reached:
-            mean_epoch, mean_minutes = (statistics.mean(column) for column in zip(*reached))
-            when = f"epoch {mean_epoch:.0f}, {mean_minutes:.0f} minutes"
+            when = f"epoch {statistics.mean(reached):.0f}"
         else:
-            when = f"{sum(r is not None for r in reached)} of {len(results)} do" if reached else ""
+            when = f"{sum(epoch is not None for epoch in reached)} of {len(results)} do" if reached else ""
         accuracies = [[accuracy_after(r, e) for r in results] if e < epochs else [] for e in milestones]
         accuracies += [[r[f"{kind}_accuracy_percent"] for r in results] for kind in ("test", "unaugmented_train")]
-        cells = [recipe, str(epochs), ", ".join(str(r["seed"]) for r in results)]
-        spent = statistics.mean(minutes(result) for result in results)
-        lines.append([*cells, *map(mean_and_spread, accuracies), when, f"{spent:.0f}"])
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        seeds = ", ".join(str(seed) for seed in sorted(r["seed"] for r in results))
+        lines.append([recipe, str(epochs), seeds, *map(mean_and_spread, accuracies), when])
+    return as_table(lines)
 
 
-def describe(result):
-    """What the runs of a table should have in common."""
-    dtype = result["type"].removeprefix("torch.")
-    machine = f"{result['processor']} in {dtype}, threads of a run: {result['threads']}"
-    return f"{result['data']}, {machine}, torch {result['versions']['torch']}"
+def machine(result):
+    """What decides how long a run takes."""
+    threads = f"{result['threads']} thread" + "s" * (result["threads"] > 1)
+    return f"{result['processor']}, {threads}, {result['type'].removeprefix('torch.')}"
+
+
+def time_table(groups):
+    """The README's table of times: a row a machine, mean minutes a run.
+
+    In brackets, how many times as long the plain loop takes there for 80 epochs; the last column says how long.
+    """
+    machines = {}
+    for results in groups.values():
+        for result in results:
+            machines.setdefault(machine(result), []).append(result)
+    lines = [["minutes on", *(f"{recipe}, {epochs} epochs" for recipe, epochs in groups), "plain loop, 80 epochs"]]
+    for name, results in sorted(machines.items()):
+        plain = plain_loop_minutes(results[0])
+        cells = []
+        for group in groups:
+            taken = [minutes(r) for r in results if (r["recipe"], r["epochs"]) == group]
+            mean = statistics.mean(taken) if taken else None
+            cells.append("" if mean is None else f"{mean:.0f}" + (f" ({plain / mean:.1f})" if plain else ""))
+        lines.append([name, *cells, f"{plain:.0f}" if plain else ""])
+    return as_table(lines)
+
+
+def minutes(result):
+    return sum(row["seconds"] for row in result["history"]) / 60
 
 
 def plain_loop_minutes(result):
@@ -227,16 +243,8 @@ def main():
                 ship_weights(recipe, seed, device.type)
 
     groups = read_results(device.type, data)
-    for facts in sorted({describe(result) for results in groups.values() for result in results}):
-        print(f"\n{facts}")
-    print(f"\n{table(groups)}")
-    for (recipe, epochs), results in groups.items():
-        plain = [(taken, taken / minutes(result)) for result in results if (taken := plain_loop_minutes(result))]
-        if plain:  # each run against its own machine
-            taken, ratio = (statistics.mean(column) for column in zip(*plain))
-            print(
-                f"{recipe}, {epochs} epochs: the plain loop takes {taken:.0f} minutes for 80, {ratio:.1f} times as long"
-            )
+    versions = {result["versions"]["torch"] for results in groups.values() for result in results}
+    print(f"\n{data}; torch {', '.join(sorted(versions))}\n\n{accuracy_table(groups)}\n\n{time_table(groups)}")
     plot(groups, ROOT / "figures" / f"accuracy-{device.type}.png")
 
 

@@ -298,6 +298,7 @@ CASES = {
     "optimizer: rate as text": ((TypeError, ValueError), ["lr", "'0.2'"], lambda: sgd(lr="0.2")),
     "optimizer: unknown option": (TypeError, ["nesterof"], lambda: sgd(nesterof=True)),
     "optimizer: a class, not a model": (TypeError, ["Model", "nn.Module"], lambda: utils.get_optimizer(Model)),
+    "scheduler: a run without epochs": (ValueError, ["epochs is 0", "at least 1"], lambda: scheduler(epochs=0)),
     "scheduler: no batches in an epoch": (ValueError, ["steps_per_epoch", "0"], lambda: scheduler(steps_per_epoch=0)),
     "optimizer: decay of something else": (
         ValueError,
