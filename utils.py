@@ -8,6 +8,7 @@ the other.
 import io
 import os
 import pathlib
+import signal
 import time
 from typing import NamedTuple
 
@@ -106,6 +107,11 @@ def get_test_transforms():
 # --- Loaders ---------------------------------------------------------------------------------------------------------
 
 
+def _ignore_interrupts(worker_id):
+    """A notebook's stop button reaches the workers too, and the loader could not be used again without them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", root=None, transforms=None):
     """Load one split and wrap it in a `DataLoader`.
 
@@ -144,6 +150,7 @@ def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", ro
     options["pin_memory"] = bool(options.get("pin_memory", cuda)) and cuda  # without a GPU it only warns
     if options["num_workers"] > 0:
         options.setdefault("persistent_workers", True)
+        options.setdefault("worker_init_fn", _ignore_interrupts)
     if options.get("batch_size", 1) is not None:
         options.setdefault("collate_fn", as_batch)
 
@@ -516,7 +523,7 @@ def post_receptive_field(model, rows, images=None, path=None):
 
     shown = effective.imshow(field / field.max(), cmap="magma")
     figure.colorbar(shown, ax=effective, label="mean absolute gradient (largest = 1)")
-    ys, xs = np.nonzero(field)
+    ys, xs = np.nonzero(field > 1e-5 * field.max())  # a GPU's convolutions leave rounding errors around it
     left, top, width, height = xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1
     boxes = [(left, top, width, height, "cyan", f"its whole extent, {width}x{height}")]
     if min(width, height) > 32:

@@ -1,5 +1,8 @@
 """The loaders: contract, randomness between epochs and workers, and DataLoader arguments of older notebooks."""
 
+import multiprocessing
+import os
+import signal
 import warnings
 
 import albumentations as A
@@ -105,6 +108,18 @@ def test_kwargs_of_the_original_notebook_without_a_warning(monkeypatch):
     assert len(images) == len(labels) == 1437
     monkeypatch.setattr(utils.os, "sched_getaffinity", lambda _: {0}, raising=False)
     assert get(**ORIGINAL_KWARGS).num_workers == 1  # no more workers than cores
+
+
+def test_workers_outlive_the_stop_button():
+    """Jupyter sends its interrupt to the kernel's whole process group."""
+    loader = get(num_workers=2)
+    images, _ = epoch(loader)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)
+        worker.join(0.5)
+    assert epoch(loader)[0].shape == images.shape
 
 
 def test_kwargs_are_not_changed():
