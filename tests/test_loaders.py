@@ -112,10 +112,11 @@ def test_kwargs_of_the_original_notebook_without_a_warning(monkeypatch):
 
 def test_workers_outlive_the_stop_button():
     """Jupyter sends its interrupt to the kernel's whole process group."""
+    of_other_tests = multiprocessing.active_children()
     loader = get(num_workers=2)
     images, _ = epoch(loader)
-    workers = multiprocessing.active_children()
-    assert len(workers) == 2
+    workers = [child for child in multiprocessing.active_children() if child not in of_other_tests]
+    assert len(workers) == loader.num_workers > 0
     for worker in workers:
         os.kill(worker.pid, signal.SIGINT)
         worker.join(0.5)
