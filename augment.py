@@ -1,4 +1,4 @@
-"""The data path from an array of images to augmented batches: Albumentations pipelines a batch at a time.
+"""From an array of images to augmented batches: the transforms, and Albumentations pipelines run on whole batches.
 
 `augment_batch(pipeline, images, rng)` has the distribution of calling the pipeline on each image, but draws the
 randomness of a batch at once and touches only the images on which a transform fires. The transforms of this project run
@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from albumentations.pytorch import ToTensorV2
 from torch.utils.data import Dataset, Sampler
+
+from image_sets import CIFAR10_MEAN, CIFAR10_STD
+from parallel import rank
 
 
 class ShiftScaleRotate(A.ImageOnlyTransform):
@@ -60,6 +63,43 @@ class ShiftScaleRotate(A.ImageOnlyTransform):
         return np.stack([row_x, row_y], axis=1)
 
 
+def get_train_transforms(flip=0.1, shift_scale_rotate=0.1, cutout=0.3, crop_padding=0):
+    """Augmentations, by default those of the original run.
+
+    Args:
+        flip: probability of a horizontal flip.
+        shift_scale_rotate: probability of a shift by up to 10 %, a scale of 0.8 to 1.2 and a rotation by up to 15
+            degrees, with reflected border.
+        cutout: probability of one 16x16 hole in the mean colour (DeVries & Taylor, arXiv 1708.04552).
+        crop_padding: pixels of reflected border of which a random 32x32 crop is cut; 0 for no crop.
+
+    Returns:
+        `albumentations.Compose` from uint8 (32, 32, 3), or any (H, W, 3) without a crop, to float32 (3, H, W).
+    """
+    crop = [A.Pad(padding=crop_padding, border_mode=cv2.BORDER_REFLECT_101), A.RandomCrop(32, 32)]
+    return A.Compose(
+        [
+            A.HorizontalFlip(p=flip),
+            ShiftScaleRotate(shift_limit=0.1, scale_limit=0.2, rotate_limit=15, p=shift_scale_rotate),
+            *(crop if crop_padding else []),
+            A.CoarseDropout(
+                num_holes_range=(1, 1),
+                hole_height_range=(16, 16),
+                hole_width_range=(16, 16),
+                fill=tuple(round(255 * mean) for mean in CIFAR10_MEAN),
+                p=cutout,
+            ),
+            A.Normalize(CIFAR10_MEAN, CIFAR10_STD),
+            ToTensorV2(),
+        ]
+    )
+
+
+def get_test_transforms():
+    """Normalisation only: an `albumentations.Compose` from uint8 (H, W, 3) to float32 (3, H, W)."""
+    return A.Compose([A.Normalize(CIFAR10_MEAN, CIFAR10_STD), ToTensorV2()])
+
+
 def augment_batch(pipeline, images, rng):
     """Apply an Albumentations pipeline to each image of a batch.
 
@@ -69,19 +109,17 @@ def augment_batch(pipeline, images, rng):
         rng: `numpy.random.Generator`, the only source of randomness.
 
     Returns:
-        Tensor (N, 3, H, W) in channels_last memory, float32 once the pipeline has `A.Normalize`.
+        Tensor (N, 3, H, W), float32 once the pipeline has `A.Normalize`.
 
     Raises:
         ValueError: the pipeline leaves images of different shapes, which do not make a batch.
     """
-    if images.ndim != 4:
-        raise ValueError(f"augment_batch got an array of shape {images.shape}; it takes a batch (N, H, W, 3)")
     plain = type(pipeline) is A.Compose and pipeline.p == 1
     for transform in pipeline.transforms if plain else [pipeline]:
         images = BATCHED.get(type(transform), _image_by_image)(transform, images, rng)
     if images.dtype == np.float64:  # as some of A.Normalize's variants make it
         images = images.astype(np.float32)
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()  # older networks flatten images by a view
 
 
 def _firing(transform, images, rng):
@@ -190,13 +228,25 @@ def _as_array(image):
 class ImageBatches(Dataset):
     """Images and labels that a `DataLoader` reads a batch at a time, augmented as a batch.
 
-    The attributes are those of `image_sets.ImageSet`; `dataset[i]` is one (image float32 (3, 32, 32), label) pair.
+    `dataset[i]` is one (image float32 (3, 32, 32), label) pair. What is set on it holds from the next epoch on.
+
+    Args:
+        image_set: an `image_sets.ImageSet`, whose attributes this has too.
+        transforms: an `albumentations.Compose`.
     """
 
     def __init__(self, image_set, transforms):
         self.images, self.labels = image_set.images, image_set.labels
         self.classes, self.name, self.source = image_set.classes, image_set.name, image_set.source
         self.transforms = transforms
+
+    # torchvision's names of the same
+    data = property(lambda self: self.images, lambda self, images: setattr(self, "images", images))
+    targets = property(lambda self: self.labels, lambda self, labels: setattr(self, "labels", labels))
+
+    @property
+    def class_to_idx(self):
+        return {name: index for index, name in enumerate(self.classes)}
 
     def __len__(self):
         return len(self.images)
@@ -207,12 +257,10 @@ class ImageBatches(Dataset):
     def __getitems__(self, keys):
         if not isinstance(keys[0], tuple):  # not from SeededSampler: somebody looks at single samples
             seed = int(torch.empty((), dtype=torch.int64).random_())
-            keys = [(index, seed, 0) for index in keys]
-        indices = [index for index, _, _ in keys]
-        _, seed, position = keys[0]
-        rng = np.random.default_rng((seed, position))
-        images = augment_batch(self.transforms, self.images[indices], rng)
-        return Batch(images, torch.from_numpy(self.labels[indices]))
+            keys = [(index, (seed, 0)) for index in keys]
+        indices, seeds = zip(*keys)
+        images = augment_batch(self.transforms, self.images[list(indices)], np.random.default_rng(seeds[0]))
+        return Batch(images, torch.as_tensor(self.labels)[list(indices)])
 
 
 class Batch(Sequence):
@@ -229,25 +277,32 @@ class Batch(Sequence):
 
 
 class SeededSampler(Sampler):
-    """Yields (index, seed, position): what another sampler yields, a seed drawn anew every epoch, the place in it.
+    """Yields (index, seeds): what another sampler yields, and what its augmentations are drawn from.
 
-    The seed travels with the batch, so the augmentations follow `torch.manual_seed`, differ between epochs and batches,
-    and are the same at any number of workers.
+    The seeds are drawn anew for every epoch and travel with the batch, so the augmentations follow `torch.manual_seed`,
+    differ between epochs, batches and processes, and are the same at any number of workers. In all else it is the other
+    sampler, `set_epoch` included.
     """
 
     def __init__(self, sampler, generator=None):
-        self.sampler, self.generator = sampler, generator
+        self._sampler, self._generator = sampler, generator
+
+    def __getattr__(self, name):
+        if name.startswith("_"):  # of an object that is being unpickled, say
+            raise AttributeError(name)
+        return getattr(self._sampler, name)
 
     def __len__(self):
-        return len(self.sampler)
+        return len(self._sampler)
 
     def __iter__(self):
-        seed = int(torch.empty((), dtype=torch.int64).random_(generator=self.generator))
-        for position, item in enumerate(self.sampler):
+        seed = int(torch.empty((), dtype=torch.int64).random_(generator=self._generator))
+        for position, item in enumerate(self._sampler):
+            seeds = (seed, position, rank()) if rank() else (seed, position)
             if isinstance(item, (list, tuple)):  # a batch sampler
-                yield [(int(index), seed, position) for index in item]
+                yield [(int(index), seeds) for index in item]
             else:
-                yield int(item), seed, position
+                yield int(item), seeds
 
 
 def as_batch(batch):

@@ -1,16 +1,31 @@
-"""What each device computes best in, and what a CPU needs to be left alone by its allocator."""
+"""What each device computes best in, how its threads wait, and what a CPU needs to be left alone by its allocator.
+
+Import it before torch, whose OpenMP library reads how to wait only once.
+"""
 
 import ctypes
 import functools
+import os
 import pathlib
 
+# Threads that wait for each other spin, by default for so long that one other program on a core makes a step ten times
+# slower. This many turns cost nothing alone, and halve the speed beside it instead (benchmarks/speed.py).
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import torch
+from torch import nn
+
+
+def best_device():
+    """An NVIDIA GPU if there is one, else an Apple GPU, else the CPU, as a `torch.device`."""
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def autocast_dtype(device):
     """The type to compute in: bfloat16 where the device multiplies it sooner, float16 on older GPUs, else float32.
 
-    device: a `torch.device`, or its name.
+    Args:
+        device: a `torch.device`, or its name.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -20,14 +35,26 @@ def autocast_dtype(device):
     return torch.float32
 
 
-def memory_format(device):
-    """The layout to keep images and convolutions in: channels_last, which has the faster kernels.
+# The files of torch.nn.modules whose layers take images in any layout.
+ANY_LAYOUT = ("activation", "batchnorm", "container", "conv", "dropout", "linear", "normalization", "pooling")
 
-    But not on Apple's GPUs, where the gradients of batch normalisation are wrong in it (pytorch issue 175189).
 
-    device: a `torch.device`, or its name.
+def memory_format(model, device):
+    """The layout for the model's images: channels_last, which has the faster kernels, if nothing can mind it.
+
+    A `view` of an activation fails in it, in a forward or in a hook. So no module may have hooks, and each has to be a
+    layer of torch or of a class that says `channels_last = True`. Not on Apple's GPUs, where it makes the gradients of
+    batch normalisation wrong (pytorch issue 175189).
     """
-    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+    if device.type == "mps":
+        return torch.contiguous_format
+    for module in model.modules():
+        package, _, file = type(module).__module__.rpartition(".")
+        of_torch = (package == "torch.nn.modules" and file in ANY_LAYOUT) or type(module) is nn.Flatten
+        hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+        if hooks or not (of_torch or vars(type(module)).get("channels_last")):
+            return torch.contiguous_format
+    return torch.channels_last
 
 
 @functools.cache

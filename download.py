@@ -17,11 +17,11 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
+
+from output import progress_bar
 
 SOURCES = [  # tried in this order; assign or change it to use others
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
@@ -48,12 +48,12 @@ class DownloadError(RuntimeError):
 class _SourceError(Exception):
     """One source failed. `rate` is the bytes/s it managed; above zero it is worth a second try."""
 
-    def __init__(self, reason: str, rate: float = 0.0):
+    def __init__(self, reason, rate=0.0):
         super().__init__(reason)
         self.rate = rate
 
 
-def download_archive(root: str | os.PathLike, sources: Iterable[str] | None = None) -> Path:
+def download_archive(root, sources=None):
     """Return the path of a verified `cifar-10-python.tar.gz` in the folder `root`, downloading it if need be.
 
     `sources` are URLs (default: `SOURCES`) that are tried in order. A partial `.part` file (170 MB when full) is
@@ -75,7 +75,7 @@ def download_archive(root: str | os.PathLike, sources: Iterable[str] | None = No
     return archive
 
 
-def _download(archive: Path, sources: list[str]) -> None:
+def _download(archive, sources):
     part = archive.with_name(f"{ARCHIVE_NAME}.part")
     if part.exists() and part.stat().st_size >= ARCHIVE_SIZE and not _accept(part, archive):
         return
@@ -97,12 +97,13 @@ def _download(archive: Path, sources: list[str]) -> None:
         + "".join(f"  {source}: {reason}\n" for source, reason in reasons.items())
         + "Whatever has arrived is kept, and the next call resumes it. Ways forward without these sources:\n"
         f"  - copy the archive by hand to {archive.resolve()}\n"
-        f"  - set the environment variable CIFAR10_ROOT to a folder that has {ARCHIVE_NAME}\n"
+        f"  - set the environment variable CIFAR10_ROOT to a folder that has {ARCHIVE_NAME}, or the images as\n"
+        "    train/<class>/*.png and test/<class>/*.png\n"
         "  - use the sample that needs no download: DATASET=digits"
     )
 
 
-def _fetch(source: str, part: Path, archive: Path, min_rate: float) -> None:
+def _fetch(source, part, archive, min_rate):
     """Complete `part` from `source` and move it to `archive`; below `min_rate` bytes/s the source is given up."""
     arrived = part.stat().st_size if part.exists() else 0
     with _server_errors():
@@ -111,7 +112,7 @@ def _fetch(source: str, part: Path, archive: Path, min_rate: float) -> None:
         with _server_errors():
             _check_answer(response, start)  # before the file is touched: an error page must not replace what is there
         host = urllib.parse.urlsplit(source).netloc
-        bar = tqdm(desc=host, total=ARCHIVE_SIZE, initial=start, unit="B", unit_scale=True)
+        bar = progress_bar(desc=host, total=ARCHIVE_SIZE, initial=start, unit="B", unit_scale=True)
         with bar, part.open("ab") as file:
             file.truncate(start)
             for chunk in _chunks(response, ARCHIVE_SIZE - start, min_rate):
@@ -122,11 +123,12 @@ def _fetch(source: str, part: Path, archive: Path, min_rate: float) -> None:
         raise _SourceError(f"the finished file is wrong: {wrong}", rate=1.0 if start else 0.0)
 
 
-def _open(source: str, start: int) -> tuple[http.client.HTTPResponse, int]:
+def _open(source, start):
     """Request `source` from byte `start` on; the second result is the byte that the answer really starts at."""
     request = urllib.request.Request(source, headers={"User-Agent": "cifar-10-download"})  # some refuse urllib's own
     if start:
         request.add_header("Range", f"bytes={start}-")
+    print(f"fetching {source}", flush=True)  # a host may be silent for a while
     try:
         response = urllib.request.urlopen(request, timeout=STALL_SECONDS)
     except urllib.error.HTTPError as error:
@@ -143,7 +145,7 @@ def _open(source: str, start: int) -> tuple[http.client.HTTPResponse, int]:
     return _open(source, 0)
 
 
-def _check_answer(response: http.client.HTTPResponse, start: int) -> None:
+def _check_answer(response, start):
     offered = start + int(response.headers.get("Content-Length", ARCHIVE_SIZE - start))
     if offered != ARCHIVE_SIZE:
         raise _SourceError(f"offers {offered:,} bytes instead of {ARCHIVE_SIZE:,}")
@@ -152,7 +154,7 @@ def _check_answer(response: http.client.HTTPResponse, start: int) -> None:
         raise _SourceError("sends something else than a gzip file (a sign-in page?)")
 
 
-def _chunks(response: http.client.HTTPResponse, wanted: int, min_rate: float) -> Iterator[bytes]:
+def _chunks(response, wanted, min_rate):
     """Yield `wanted` bytes in pieces, or raise _SourceError with the rate so far if the server stops or is slow."""
     begun = window_begun = time.monotonic()
     received = received_before = 0
@@ -176,7 +178,7 @@ def _chunks(response: http.client.HTTPResponse, wanted: int, min_rate: float) ->
         raise
 
 
-def _accept(part: Path, archive: Path) -> str:
+def _accept(part, archive):
     """Move `part` into place if it is the archive, else delete it; returns what is wrong with it, or ''."""
     if wrong := _mismatch(part):
         part.unlink()
@@ -185,7 +187,7 @@ def _accept(part: Path, archive: Path) -> str:
     return wrong
 
 
-def extract_archive(archive: str | os.PathLike) -> Path:
+def extract_archive(archive):
     """Unpack a verified archive beside itself and return the path of the folder `cifar-10-batches-py`.
 
     The folder appears whole or not at all; one that is there already is returned as it is.
@@ -203,7 +205,7 @@ def extract_archive(archive: str | os.PathLike) -> Path:
     return folder
 
 
-def _extract(archive: Path, folder: Path) -> None:
+def _extract(archive, folder):
     for leftover in archive.parent.glob(f"{TEMPORARY_PREFIX}*"):  # of a process that was killed: we hold the lock
         shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=archive.parent) as temporary:
@@ -216,7 +218,7 @@ def _extract(archive: Path, folder: Path) -> None:
         os.replace(Path(temporary) / FOLDER_NAME, folder)
 
 
-def _mismatch(path: Path) -> str:
+def _mismatch(path):
     """How `path` differs from the official archive in words, or '' if it is the official archive."""
     if not path.is_file():
         return "there is no such file"
@@ -231,14 +233,14 @@ def _mismatch(path: Path) -> str:
     return "" if found == ARCHIVE_SHA256 else f"its SHA-256 is {found} instead of {ARCHIVE_SHA256}"
 
 
-def _set_aside(archive: Path, wrong: str) -> None:
+def _set_aside(archive, wrong):
     names = (archive.with_name(f"{ARCHIVE_NAME}.wrong-{number}") for number in itertools.count(1))
     aside = next(name for name in names if not name.exists())
     os.rename(archive, aside)
     print(f"{archive} is not the CIFAR-10 archive ({wrong}); kept as {aside.name}", flush=True)
 
 
-def _locked(root: Path) -> contextlib.AbstractContextManager:
+def _locked(root):
     lock = FileLock(root / f"{ARCHIVE_NAME}.lock")
     try:
         return lock.acquire(timeout=0)
@@ -248,7 +250,7 @@ def _locked(root: Path) -> contextlib.AbstractContextManager:
 
 
 @contextlib.contextmanager
-def _disk_errors(root: Path) -> Iterator[None]:
+def _disk_errors(root):
     try:
         yield
     except OSError as error:  # the network's own never come this far: see _server_errors
@@ -256,7 +258,7 @@ def _disk_errors(root: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _server_errors() -> Iterator[None]:
+def _server_errors():
     try:
         yield
     except urllib.error.HTTPError as error:

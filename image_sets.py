@@ -6,22 +6,24 @@
 Nothing here knows about tensors, loaders or augmentation.
 """
 
-import contextlib
 import hashlib
+import io
 import os
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
-from PIL import Image, ImageOps
-from tqdm.auto import tqdm
+from PIL import ExifTags, Image
 
 import download
+from output import progress_bar, write_atomically
 
 DATASETS = ("cifar10", "digits")
 SPLITS = ("train", "test")
-SUFFIXES = (".png", ".jpg", ".jpeg")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+FORMATS = ("PNG", "JPEG", "WEBP")  # not all of Pillow's: some of its readers start other programs
 IMAGE_SIZE = 32
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # of the training images, per channel, on the scale 0 to 1
@@ -39,12 +41,12 @@ class ImageSet:
     source: str  # one line: where it came from
 
 
-def load_images(dataset: str, split: str, root: str | os.PathLike | None = None) -> ImageSet:
+def load_images(dataset, split, root=None):
     """Load one split of a data set into memory and print one line saying where it came from.
 
     "cifar10" is the first of these that exists:
 
-    1. a folder of images, `<root>/train/<class>/*.png|jpg|jpeg` and `<root>/test/<class>/*`, any classes; it is
+    1. a folder of images, `<root>/train/<class>/*.png|jpg|jpeg|webp` and `<root>/test/<class>/*`, any classes; it is
        decoded once and cached as `<root>/.train-32px.npz` and `<root>/.test-32px.npz`
     2. the official batches, `<root>/cifar-10-batches-py`
     3. the official archive, `<root>/cifar-10-python.tar.gz`, which is unpacked
@@ -55,14 +57,15 @@ def load_images(dataset: str, split: str, root: str | os.PathLike | None = None)
     Args:
         dataset: "cifar10" or "digits".
         split: "train" or "test".
-        root: folder of the data; by default the environment variable CIFAR10_ROOT, else ./data. "digits" needs none.
+        root: folder of the data; by default the environment variable CIFAR10_ROOT, else ./data, which is made if need
+            be. "digits" needs none.
 
     Returns:
         ImageSet: images uint8 (N, 32, 32, 3) in RGB, labels int64 (N,), always in the same order.
 
     Raises:
-        ValueError: unknown dataset or split, images in other folders than train and test, or data that is incomplete
-            or damaged (the message names the files).
+        ValueError: unknown dataset or split, a root that is not there, images in other folders than train and test, or
+            data that is incomplete or damaged (the message names the files).
         download.DownloadError: the archive could not be downloaded, or is not the official one.
 
     Source: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
@@ -71,11 +74,15 @@ def load_images(dataset: str, split: str, root: str | os.PathLike | None = None)
         raise ValueError(f"unknown dataset {dataset!r}: there is {' and '.join(map(repr, DATASETS))}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: there is {' and '.join(map(repr, SPLITS))}")
-    if not isinstance(root, (str, os.PathLike, type(None))):
-        raise TypeError(f"root is {root!r}; it must be the path of a folder")
-    root = Path(root or os.environ.get("CIFAR10_ROOT") or "data").expanduser()
+    named = root or os.environ.get("CIFAR10_ROOT")
+    root = Path(named or "data").expanduser()
     if dataset == "digits":
         loaded = _load_digits(split)
+    elif named and not root.exists():
+        raise ValueError(
+            f"there is no folder {root.absolute()}; give root or CIFAR10_ROOT the folder of the images. To download "
+            "CIFAR-10 into it, make it first, or leave both out: it then goes to ./data"
+        )
     # One of the two is enough to choose the folder: a lost test folder should be an error, not a surprise download.
     elif (root / "train").is_dir() or (root / "test").is_dir():
         loaded = _load_folder(root, split)
@@ -90,10 +97,22 @@ def load_images(dataset: str, split: str, root: str | os.PathLike | None = None)
     return loaded
 
 
+def split_validation(labels, per_class=500):
+    """(training, validation): indices of the images to train on and of those held out, the same on every call.
+
+    Args:
+        labels: int64 (N,), as `loader.dataset.labels`.
+        per_class: how many images of each class are held out.
+    """
+    order = np.random.default_rng(0).permutation(len(labels))
+    held_out = np.concatenate([order[labels[order] == label][:per_class] for label in np.unique(labels)])
+    return np.setdiff1d(order, held_out).tolist(), np.sort(held_out).tolist()
+
+
 # ---- a folder of images ----------------------------------------------------------------------------------------
 
 
-def _misplaced(root: Path) -> list[str]:
+def _misplaced(root):
     """The folders of root, if each looks like somebody's own images, which belong into train and test."""
     try:
         entries = _scan(root)
@@ -108,28 +127,37 @@ def _misplaced(root: Path) -> list[str]:
     return [folder.name for folder in folders] if all(images) and not official else []
 
 
-def _load_folder(root: Path, split: str) -> ImageSet:
+def _load_folder(root, split):
     classes = _list_classes(root)
     files, labels, fingerprint = _list_images(root / split, classes)
+    names = tuple(classes)
     cache = root / f".{split}-{IMAGE_SIZE}px.npz"
-    images = _read_cache(cache, classes, labels, fingerprint)
+    images = _read_cache(cache, names, labels, fingerprint)
     if images is None:
         images = _decode(root / split, files)
-        _write_cache(cache, images=images, labels=labels, classes=np.array(classes), fingerprint=np.array(fingerprint))
-    return ImageSet(images, labels, classes, f"{root.resolve().name} folder", f"image folder {root / split}")
+        stored = io.BytesIO()
+        np.savez(stored, images=images, labels=labels, classes=np.array(names), fingerprint=np.array(fingerprint))
+        try:
+            write_atomically(cache, stored.getbuffer())
+        except OSError as error:  # a read-only folder or a full disk
+            print(f"not cached, so the next start decodes again: {error}")
+    return ImageSet(images, labels, names, root.resolve().name, f"image folder {root / split}")
 
 
-def _list_classes(root: Path) -> tuple[str, ...]:
-    """The sorted sub-folder names of train, once test is known to have the same."""
-    names = {}
+def _list_classes(root):
+    """{class: its folder in each split} by the sorted folder names of train, once test is known to have the same.
+
+    One name can be spelt in two ways of Unicode, as when a Mac has written one of the folders.
+    """
+    folders = {}
     for split in SPLITS:
         entries = _scan(root / split) if (root / split).is_dir() else []
-        if not entries:
+        found = [entry for entry in entries if entry.is_dir()]
+        if not found:
             raise ValueError(f"no images in {root / split}: expected {root / split}/<class>/<name>.png or .jpg")
-        if stray := [entry.name for entry in entries if not entry.is_dir()]:
-            raise ValueError(f"{_some(stray)} in {root / split}: only class folders may be there; move the rest away")
-        names[split] = [entry.name for entry in entries]
-    train, test = names.values()
+        _pass_over(root / split, [entry.name for entry in entries if not entry.is_dir()])
+        folders[split] = {unicodedata.normalize("NFC", entry.name): entry.name for entry in found}
+    train, test = folders.values()
     missing = [name for name in train if name not in test]
     extra = [name for name in test if name not in train]
     if missing or extra:
@@ -137,19 +165,33 @@ def _list_classes(root: Path) -> tuple[str, ...]:
             f"{root / 'test'} must have the classes of {root / 'train'}: missing {_some(missing) or 'none'}, "
             f"extra {_some(extra) or 'none'}; add, rename or delete folders until they agree"
         )
-    return tuple(train)
+    return {name: {split: folders[split][name] for split in SPLITS} for name in sorted(train)}
 
 
-def _list_images(folder: Path, classes: tuple[str, ...]) -> tuple[list[str], np.ndarray, str]:
+def _pass_over(folder, files):
+    """Name in one line the files that are no images, unless some were meant to be."""
+    meant = [name for name in files if Path(name).suffix.lower() in Image.registered_extensions()]
+    if meant:
+        raise ValueError(
+            f"{_some(meant)} in {folder}: images go into the folder of a class, as {', '.join(SUFFIXES)}; move or "
+            "convert them"
+        )
+    if files:
+        print(f"{folder}: passed over {_some(files)}")
+
+
+def _list_images(folder, classes):
     """File names below folder in (class, name) order, labels int64 (N,), and a hash that changes with any file."""
-    files, labels, stray, empty = [], [], [], []
+    files, labels, others, empty = [], [], [], []
     fingerprint = hashlib.sha256()
-    for label, name in enumerate(classes):
+    for label, (name, folders) in enumerate(classes.items()):
         before = len(files)
-        for entry in _scan(folder / name):
-            file = f"{name}/{entry.name}"
-            if not (entry.is_file() and entry.name.lower().endswith(SUFFIXES)):
-                stray.append(file)
+        for entry in _scan(folder / folders[folder.name]):
+            file = f"{folders[folder.name]}/{entry.name}"
+            if entry.is_dir():
+                raise ValueError(f"{file} in {folder} is a folder; only images may be there, so move it away")
+            if not entry.name.lower().endswith(SUFFIXES):
+                others.append(file)
                 continue
             files.append(file)
             labels.append(label)
@@ -157,31 +199,28 @@ def _list_images(folder: Path, classes: tuple[str, ...]) -> tuple[list[str], np.
             fingerprint.update(os.fsencode(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n"))
         if len(files) == before:
             empty.append(name)
-    if stray:
-        raise ValueError(f"{_some(stray)} in {folder}: only .png, .jpg and .jpeg may be there; move the rest away")
+    _pass_over(folder, others)
     if empty:
         raise ValueError(f"no images in {_some(empty)} of {folder}: add some, or delete the class from train and test")
     return files, np.array(labels, dtype=np.int64), fingerprint.hexdigest()
 
 
-def _scan(folder: Path) -> list[os.DirEntry]:
+def _scan(folder):
     with os.scandir(folder) as entries:
         return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
 
-def _some(names: list[str]) -> str:
+def _some(names):
     return ", ".join(names[:5]) + (f", … ({len(names):,} in all)" if len(names) > 5 else "")
 
 
-def _decode(folder: Path, files: list[str]) -> np.ndarray:
+def _decode(folder, files):
     """Decode files into uint8 (N, 32, 32, 3), or raise one ValueError that names all those that cannot be."""
     images = np.empty((len(files), IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     bad, reason, converted, resized = [], "", 0, 0
-    no_bar = True if os.environ.get("TQDM_DISABLE") else None  # None: one where there is a screen to show it
-    for i, file in enumerate(tqdm(files, desc=f"decoding {folder.name}", unit=" images", disable=no_bar)):
+    for i, file in enumerate(progress_bar(files, desc=f"decoding {folder.name}", unit=" images")):
         try:
-            # Only these two formats: some of Pillow's other readers start other programs.
-            with Image.open(folder / file, formats=("PNG", "JPEG")) as image:
+            with Image.open(folder / file, formats=FORMATS) as image:
                 converted += image.mode != "RGB"
                 resized += image.size != (IMAGE_SIZE, IMAGE_SIZE)
                 images[i] = to_rgb(image, IMAGE_SIZE)
@@ -190,15 +229,15 @@ def _decode(folder: Path, files: list[str]) -> np.ndarray:
             bad.append(file)
     if bad:
         raise ValueError(
-            f"cannot read {_some(bad)} in {folder} (the first: {reason}): only whole PNG and JPEG images are allowed; "
-            "replace or delete what is damaged"
+            f"cannot read {_some(bad)} in {folder} (the first: {reason}): only whole PNG, JPEG and WebP images are "
+            "allowed; replace or delete what is damaged"
         )
     if converted or resized:
         print(f"{folder}: {converted:,} images converted to RGB, {resized:,} resized to {IMAGE_SIZE}x{IMAGE_SIZE}")
     return images
 
 
-def to_rgb(image: Image.Image, size: int = IMAGE_SIZE) -> np.ndarray:
+def to_rgb(image, size=IMAGE_SIZE):
     """Bring a PIL image of any mode and size to uint8 (size, size, 3).
 
     Transparency goes over white, 16-bit and floating-point grey is scaled to 8 bits, a camera's rotation tag is
@@ -208,11 +247,9 @@ def to_rgb(image: Image.Image, size: int = IMAGE_SIZE) -> np.ndarray:
     Raises:
         ValueError: a picture without pixels, or a floating-point one that is not from 0 to 1.
     """
-    if not isinstance(image, Image.Image):
-        raise TypeError(f"image is a {type(image).__name__}; it must be a PIL image")
     if 0 in image.size:
         raise ValueError(f"the picture has no pixels, its size is {image.width}x{image.height}")
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode[0] in "IF":  # 16 or 32 bits, or floats: convert("RGB") would clip them at 255 instead of scaling
         grey = np.asarray(image)
         if image.mode == "F" and not (grey.min() >= 0 and grey.max() <= 1):  # false for NaN too
@@ -228,7 +265,28 @@ def to_rgb(image: Image.Image, size: int = IMAGE_SIZE) -> np.ndarray:
     return np.array(image)
 
 
-def _read_cache(cache: Path, classes: tuple[str, ...], labels: np.ndarray, fingerprint: str) -> np.ndarray | None:
+# How the camera was held, by the EXIF tag for it: what makes the picture upright (Exif 2.3, 4.6.4.A).
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(image):
+    # Not ImageOps.exif_transpose, which writes all tags anew and so fails on one that is odd.
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # tags that cannot be read say nothing of the pixels
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _read_cache(cache, classes, labels, fingerprint):
     """The images of a cache that belongs to this very listing, else None."""
     try:
         with (
@@ -251,24 +309,10 @@ def _read_cache(cache: Path, classes: tuple[str, ...], labels: np.ndarray, finge
         return None
 
 
-def _write_cache(cache: Path, **arrays: np.ndarray) -> None:
-    # Written elsewhere first, so that no other process ever sees half a cache.
-    temporary = cache.with_name(f"{cache.name}.{uuid4().hex}")
-    try:
-        with open(temporary, "xb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, cache)
-    except OSError as error:  # a read-only folder or a full disk
-        print(f"not cached, so the next start decodes again: {error}")
-    finally:
-        with contextlib.suppress(OSError):  # a read-only folder refuses this too
-            temporary.unlink(missing_ok=True)
-
-
 # ---- the official batches --------------------------------------------------------------------------------------
 
 
-def _load_official(root: Path, split: str) -> ImageSet:
+def _load_official(root, split):
     from torchvision.datasets import CIFAR10  # slow to import, and not needed for the rest
 
     folder, archive = root / download.FOLDER_NAME, root / download.ARCHIVE_NAME
@@ -296,7 +340,7 @@ def _load_official(root: Path, split: str) -> ImageSet:
 # ---- the offline sample ----------------------------------------------------------------------------------------
 
 
-def _load_digits(split: str) -> ImageSet:
+def _load_digits(split):
     from sklearn.datasets import load_digits  # slow to import, and not needed for the rest
     from sklearn.model_selection import train_test_split
 

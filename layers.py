@@ -1,10 +1,9 @@
-"""Two layers of torch.nn made faster on a CPU; everywhere else they are torch's own.
+"""What becomes of a model's layers while it runs: evaluation mode, and faster kernels on a CPU.
 
-Both keep the class name, the parameters and the meaning of the layer that they extend, so that torchsummary, state
-dicts and users see an ordinary `Dropout` and `Conv2d`. The transforms of torch.func, such as vmap, do not know the
-fast dropout; they take the network in evaluation mode, or with torch's own layer in its place.
+The model itself stays as it is, of torch's own layers, for every tool that looks at it.
 """
 
+import contextlib
 import functools
 import math
 
@@ -14,45 +13,62 @@ import torch.nn.functional as F
 from torch import nn
 
 
-class Conv2d(nn.Conv2d):
-    """`nn.Conv2d` whose depthwise case with several outputs a channel runs as plain depthwise on a CPU.
+@contextlib.contextmanager
+def evaluation_mode(model):
+    """Dropout off and running statistics in use; afterwards every module is in the mode in which it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, training in modes:
+            module.training = training
 
-    oneDNN has a fast kernel only for one output a channel; with m of them, each input channel repeated m times gives
-    the same sums sooner, by far.
+
+@contextlib.contextmanager
+def faster_layers(model, device):
+    """While it lasts, two kinds of layers take another way to the same result on a CPU.
+
+    Depthwise convolutions with several outputs per channel run as plain ones, and dropout draws the positions of the
+    dropped units, so it drops others than torch would with the same seed.
     """
+    changed = []
+    if device.type == "cpu" and not hasattr(model, "_orig_mod"):  # torch.compile makes kernels of its own
+        for module in model.modules():
+            forward = None
+            if type(module) is nn.Conv2d and 1 < module.groups == module.in_channels < module.out_channels:
+                forward = _depthwise if module.padding_mode == "zeros" else None
+            elif type(module) is nn.Dropout and 0 < module.p < 0.99 and not module.inplace:
+                forward = _dropout  # nearer to 1, the table of quantiles is too coarse for the last survivors
+            if forward and "forward" not in vars(module):  # which some library may have replaced
+                module.forward = functools.partial(forward, module)
+                changed.append(module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
 
-    def forward(self, x):
-        depthwise = 1 < self.groups == self.in_channels < self.out_channels and self.padding_mode == "zeros"
-        if not depthwise or x.device.type != "cpu" or x.ndim != 4 or x.shape[1] != self.in_channels:
-            return super().forward(x)
-        # Repeated along the innermost axis of NHWC memory, so that the batch stays channels_last. The gradient of a
-        # stack is added up much faster than that of repeat_interleave.
-        copies = [x.permute(0, 2, 3, 1)] * (self.out_channels // self.in_channels)
-        x = torch.stack(copies, dim=-1).flatten(-2).permute(0, 3, 1, 2)
-        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, groups=self.out_channels)
+
+def _depthwise(conv, x):
+    """Repeat each channel as often as it has outputs: oneDNN has a fast kernel only for one output per channel."""
+    if x.ndim != 4 or x.shape[1] != conv.in_channels:
+        return nn.Conv2d.forward(conv, x)  # which says what is wrong
+    # Repeated along the innermost axis of NHWC memory, so that the batch stays channels_last. The gradient of a stack
+    # is added up much faster than that of repeat_interleave.
+    copies = [x.permute(0, 2, 3, 1)] * (conv.out_channels // conv.in_channels)
+    x = torch.stack(copies, dim=-1).flatten(-2).permute(0, 3, 1, 2)
+    return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, groups=conv.out_channels)
 
 
-class Dropout(nn.Dropout):
-    """`nn.Dropout` that on a CPU draws the positions of the dropped units instead of a number for every unit.
-
-    The survivors between two dropped units follow a geometric distribution, so at p = 0.05 one draw serves twenty
-    units. Follows `torch.manual_seed`, as torch's own does, but draws other units than that does.
-    """
-
-    def __init__(self, p=0.5, inplace=False):
-        if not isinstance(p, (int, float)) or not 0 <= p <= 1:
-            raise ValueError(f"dropout probability is {p!r}; it must be a number from 0 to 1")
-        super().__init__(p, inplace)
-
-    def forward(self, x):
-        # Nearer to 1, the table of quantiles is too coarse for the last survivors.
-        suits = self.training and 0 < self.p < 0.99 and not self.inplace
-        if suits and x.device.type == "cpu" and x.is_floating_point():
-            return _DropPositions.apply(x, self.p)
-        return super().forward(x)
+def _dropout(dropout, x):
+    if not dropout.training or not x.is_floating_point():
+        return nn.Dropout.forward(dropout, x)
+    return _DropPositions.apply(x, dropout.p)
 
 
 class _DropPositions(torch.autograd.Function):
+    """Dropout by positions: at p = 0.05 one draw serves twenty units, as survivors come in geometric runs."""
+
     @staticmethod
     def forward(ctx, x, p):
         positions = _dropped_positions(x.numel(), p)
@@ -78,7 +94,7 @@ def _zero(dense, positions):
 def _dropped_positions(n, p):
     """Sorted positions, int64, of the dropped among n units, each dropped independently with probability p."""
     distances = _geometric_quantiles(p)
-    draws = int(n * p + 6 * math.sqrt(n * p) + 16)  # all but never too few, and then one more round is drawn
+    draws = int(n * p + 6 * math.sqrt(n * p) + 16)  # nearly always enough; if not, one more round is drawn
     rounds, last = [], -1
     while last < n:
         uniform = torch.empty(draws // 4 + 1, dtype=torch.int64).random_(-(2**63), None)  # four of 16 bits in each

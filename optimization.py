@@ -1,17 +1,24 @@
 """Optimizers, schedulers and losses by name."""
 
+import functools
 import inspect
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn, optim
 
 
 def _named(name, what, choices):
-    """choices[name], or an error that lists them."""
-    if name not in choices:
+    """choices[name], without regard to case, underscores and a last "loss", or an error that lists them."""
+
+    def plain(name):
+        return str(name).lower().replace("_", "").removesuffix("loss")
+
+    found = {plain(choice): value for choice, value in choices.items()}
+    if plain(name) not in found:
         raise ValueError(f"unknown {what} {name!r}; there is {', '.join(sorted(choices))}")
-    return choices[name]
+    return found[plain(name)]
 
 
 def _classes(module, base):
@@ -23,47 +30,58 @@ def _classes(module, base):
     }
 
 
+def _also_named(**names):
+    """Let a function take keywords of the original code, {its name: ours}, as well."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def renamed(*args, **kwargs):
+            return function(*args, **{names.get(key, key): value for key, value in kwargs.items()})
+
+        return renamed
+
+    return decorate
+
+
 # On a GPU these can update all parameters in one kernel, which also decides by itself whether float16 gradients have
 # overflowed; otherwise GradScaler waits for the GPU in every step to find out.
-FUSED = ("SGD", "Adam", "AdamW")
+FUSED = (optim.SGD, optim.Adam, optim.AdamW)
 
 
+@_also_named(optname="name", learningrate="lr", momentumval="momentum")
 def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, decay="all", **options):
-    """Any optimizer of `torch.optim` by name; momentum goes to those that take one, options to all.
+    """Any optimizer of `torch.optim` by name, for all parameters of the model.
 
     Args:
-        lr, momentum: the same defaults for every optimizer, whatever its own are.
+        name: without regard to case.
+        lr, momentum: the same defaults for every optimizer, whatever its own are; momentum goes to those that take one.
         weight_decay: by default the optimizer's own.
         decay: which parameters the weight decay applies to, "all", or "weights": those of convolutions and linear
             layers, but neither biases nor the scales and shifts of normalisation.
+        options: go to the optimizer.
 
     Raises:
         ValueError: unknown name, or another value of decay.
-        TypeError: a model that is no network, or a learning rate that is no number.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"get_optimizer got {model!r}; it takes a network, an instance of nn.Module")
-    if not isinstance(lr, (int, float, torch.Tensor)):
-        raise TypeError(f"lr is {lr!r}; the learning rate must be a number")
     if decay not in ("all", "weights"):
         raise ValueError(f"decay is {decay!r}; weight decay applies to 'all' parameters or to 'weights'")
-    choices = _classes(optim, optim.Optimizer)
-    del choices["LBFGS"]  # it evaluates the loss several times a step, which `train` does not
-    optimizer = _named(name, "optimizer", choices)
-    if "momentum" in inspect.signature(optimizer).parameters:
+    kind = _named(name, "optimizer", _classes(optim, optim.Optimizer))
+    if "momentum" in inspect.signature(kind).parameters:
         options["momentum"] = momentum
     if weight_decay is not None:
         options["weight_decay"] = weight_decay
     parameters = list(model.parameters())
-    if name in FUSED and all(p.is_cuda for p in parameters) and {"foreach", "differentiable"}.isdisjoint(options):
+    if kind in FUSED and all(p.is_cuda for p in parameters) and {"foreach", "differentiable"}.isdisjoint(options):
         options.setdefault("fused", True)
-    if decay == "all":
-        return optimizer(parameters, lr=lr, **options)
-    groups = [
-        {"params": [parameter for parameter in parameters if parameter.ndim > 1]},
-        {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return optimizer(groups, lr=lr, **options)
+    groups = [{"params": parameters}]
+    if decay == "weights":
+        groups = [
+            {"params": [parameter for parameter in parameters if parameter.ndim > 1]},
+            {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
+        ]
+    optimizer = kind(groups, lr=lr, **options)
+    optimizer.of_whole_model = True  # so a parameter that it lacks was added later, see epoch.check_optimizer
+    return optimizer
 
 
 def fit_fused_state(optimizer):
@@ -87,59 +105,82 @@ def fit_fused_state(optimizer):
                         state[name] = torch.empty_like(parameter).copy_(value)
 
 
-IN_EPOCHS = {"T_max", "T_0", "total_iters", "milestones"}  # options of schedulers that torch counts in steps
+IN_EPOCHS = {"step_size", "T_max", "T_0", "total_iters", "milestones"}  # what torch counts in steps
 
 
+@_also_named(stepsize="step_size", gamma_val="gamma")
 def get_scheduler(optimizer, step_size=10, gamma=0.1, name="StepLR", epochs=None, steps_per_epoch=1, **options):
-    """A scheduler of `torch.optim.lr_scheduler` by name.
+    """A scheduler of `torch.optim.lr_scheduler` by name; what it counts is given in epochs.
 
     Args:
-        step_size, gamma: go to the schedulers that take them; step_size counts epochs, as do T_max, T_0, total_iters
-            and milestones among the options.
-        epochs: length of the run, for OneCycleLR, whose max_lr is by default the learning rate of the optimizer; T_max
-            and total_iters by default.
+        step_size: epochs between two falls of the learning rate; a name in its place is taken for the name.
+        gamma: factor of a fall.
+        name: without regard to case. A bool in its place, the original's `verbose`, is passed over.
+        epochs: length of the run, for the schedulers that need one.
         steps_per_epoch: 1 for a scheduler to be stepped after every epoch; the number of batches, `len(train_loader)`,
             for one to be stepped after every batch, as `train` does with the scheduler that it is given.
+        options: go to the scheduler; T_max, T_0, total_iters and milestones count epochs. OneCycleLR's max_lr is by
+            default the learning rate of each of the optimizer's groups.
 
     Raises:
-        ValueError: unknown name; a step_size, epochs or steps_per_epoch below 1, or a negative gamma; a run too short
-            for OneCycleLR; a scheduler that has no length in epochs and so cannot be stepped after every batch.
+        ValueError: unknown name; a run too short for OneCycleLR; a scheduler that has no length in epochs and so cannot
+            be stepped after every batch.
     """
-    base = optim.lr_scheduler.LRScheduler
-    scheduler = _named(name, "scheduler", _classes(optim.lr_scheduler, base))
-    taken = inspect.signature(scheduler).parameters
-    if "step_size" in taken and (step_size < 1 or gamma < 0):
-        raise ValueError(f"step_size is {step_size} and gamma {gamma}; they must be at least 1 epoch and not negative")
-    if epochs is not None and epochs < 1:
-        raise ValueError(f"epochs is {epochs}; a run has at least 1")
-    if steps_per_epoch < 1:
-        raise ValueError(f"steps_per_epoch is {steps_per_epoch}; it must be 1, or the number of batches of an epoch")
-    if steps_per_epoch > 1 and not {"step_size", "steps_per_epoch", *IN_EPOCHS} & taken.keys():
+    if isinstance(step_size, str):
+        step_size, name = 10, step_size
+    name = "StepLR" if isinstance(name, bool) else name
+    kind = _named(name, "scheduler", _classes(optim.lr_scheduler, optim.lr_scheduler.LRScheduler))
+    defaults = {key: parameter.default for key, parameter in inspect.signature(kind).parameters.items()}
+    if steps_per_epoch > 1 and not (IN_EPOCHS | {"steps_per_epoch"}) & defaults.keys():
         raise ValueError(
-            f"{name} counts its steps by itself; give what it counts in batches, and leave steps_per_epoch at 1"
+            f"{kind.__name__} counts its steps by itself; give what it counts in batches, and leave steps_per_epoch "
+            "at 1"
         )
-    if epochs:
-        options = {key: epochs for key in ("T_max", "total_iters") if key in taken} | options
-    if "total_iters" in taken and taken["total_iters"].default is not inspect.Parameter.empty:
-        options.setdefault("total_iters", taken["total_iters"].default)
-    for key in IN_EPOCHS & options.keys():
-        options[key] = (np.array(options[key]) * steps_per_epoch).tolist()
-    if "pct_start" in taken and epochs and epochs * steps_per_epoch * options.get("pct_start", 0.3) <= 1:
-        raise ValueError(
-            f"{epochs} epochs of {steps_per_epoch} batches are too few for {name} to rise and fall; train longer, or "
-            "with a smaller batch size"
-        )
-    given = {"step_size": step_size * steps_per_epoch, "gamma": gamma, "max_lr": optimizer.param_groups[0]["lr"]}
-    given |= {"epochs": epochs, "steps_per_epoch": steps_per_epoch}
-    return scheduler(optimizer, **{key: value for key, value in given.items() if key in taken} | options)
+    given = {"step_size": step_size, "gamma": gamma, "epochs": epochs, "steps_per_epoch": steps_per_epoch}
+    given["max_lr"] = [group["lr"] for group in optimizer.param_groups]
+    given["T_max"] = given["total_iters"] = epochs
+    if not epochs and isinstance(defaults.get("total_iters"), int):
+        given["total_iters"] = defaults["total_iters"]
+    given = {key: value for key, value in given.items() if key in defaults and value is not None} | options
+    for key in IN_EPOCHS & given.keys():
+        given[key] = (np.array(given[key]) * steps_per_epoch).tolist()
+    if kind is optim.lr_scheduler.OneCycleLR and epochs:
+        if epochs * steps_per_epoch * given.get("pct_start", 0.3) <= 1:
+            raise ValueError(
+                f"{epochs} epochs of {steps_per_epoch} batches are too few for OneCycleLR to rise and fall; train "
+                "longer, or with a smaller batch size"
+            )
+    scheduler = kind(optimizer, **given)
+    scheduler.steps_per_epoch = steps_per_epoch  # `train` refuses the wrong pairing
+    return scheduler
 
 
+class NLLLoss(nn.NLLLoss):
+    """`nn.NLLLoss` that can also be called as `F.nll_loss` is, which is what the original `get_loss` returned."""
+
+    def forward(self, scores, labels, reduction=None):
+        reduction = reduction or self.reduction
+        return F.nll_loss(scores, labels, self.weight, ignore_index=self.ignore_index, reduction=reduction)
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """`nn.CrossEntropyLoss` that can also be called as `F.cross_entropy` is."""
+
+    def forward(self, scores, labels, reduction=None):
+        options = {"ignore_index": self.ignore_index, "label_smoothing": self.label_smoothing}
+        return F.cross_entropy(scores, labels, self.weight, reduction=reduction or self.reduction, **options)
+
+
+LOSSES = {"nll_loss": NLLLoss, "cross_entropy": CrossEntropyLoss}
+
+
+@_also_named(loss_name="name")
 def get_loss(name="nll_loss", **options):
-    """A loss, the mean over a batch: "nll_loss" for the log-probabilities that Model returns, or "cross_entropy".
+    """A loss, the mean over a batch: "nll_loss" for log-probabilities, which Model returns, or "cross_entropy".
+
+    `get_loss()(scores, labels, reduction="sum")` gives another reduction for one call.
 
     Raises:
-        ValueError: unknown name, or a reduction other than the mean.
+        ValueError: unknown name.
     """
-    if options.get("reduction", "mean") != "mean":
-        raise ValueError(f"reduction is {options['reduction']!r}; train and test take the 'mean' over a batch")
-    return _named(name, "loss", {"nll_loss": nn.NLLLoss, "cross_entropy": nn.CrossEntropyLoss})(**options)
+    return _named(name, "loss", LOSSES)(**options)

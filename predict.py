@@ -6,16 +6,21 @@ python predict.py cat.jpg truck.png
 """
 
 import argparse
-import contextlib
+import json
 import os
+import pathlib
 import sys
 from typing import NamedTuple
+
+import devices  # noqa: F401
 
 import numpy as np
 import torch
 from PIL import Image
 
 from image_sets import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, to_rgb
+from layers import evaluation_mode
+from runs import load_weights
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # not all of Pillow's: some of its readers start other programs
 PICTURE = "file name, a PIL image or a NumPy array"
@@ -29,6 +34,34 @@ class Prediction(NamedTuple):
     probabilities: dict[str, float]
 
 
+def class_names(label_map):
+    """The names of the classes, in the order of their labels.
+
+    Args:
+        label_map: a list of names in this order, {name: label}, as the loaders give, or {label: name}; the labels are
+            0, 1, 2, ...
+
+    Raises:
+        ValueError: labels that are not 0, 1, 2, ..., or not one for each name.
+    """
+    if not isinstance(label_map, dict):
+        names = [str(name) for name in label_map]
+        if len(set(names)) < len(names):
+            raise ValueError(f"the classes {names} have a name twice; give each class a name of its own")
+        return names
+    labels = set(range(len(label_map)))
+    by_name, by_label = set(label_map.values()) == labels, set(label_map) == labels
+    if by_name and by_label and any(key != value for key, value in label_map.items()):
+        raise ValueError(f"{label_map} is numbers to numbers; give the names as strings, {{name: label}}")
+    if not by_name and (not by_label or len(set(label_map.values())) < len(labels)):
+        raise ValueError(
+            f"{label_map} does not say the class of each label; it must be {{name: label}} or {{label: name}}, with "
+            f"the labels 0 to {len(label_map) - 1} and each name once"
+        )
+    pairs = {label: name for name, label in label_map.items()} if by_name else label_map
+    return [str(pairs[label]) for label in sorted(labels)]
+
+
 @torch.no_grad()
 def predict(model, images, classes=CIFAR10_CLASSES):
     """Classify pictures of any size and mode; each is brought to 32x32 RGB, squeezed if it is not square.
@@ -37,64 +70,59 @@ def predict(model, images, classes=CIFAR10_CLASSES):
         model: returns (N, classes) scores or log-probabilities for normalised float32 (N, 3, 32, 32), on any device.
         images: one picture or a list of them. A picture is a file name, a PIL image, or an array (H, W), (H, W, 1),
             (H, W, 3) or (H, W, 4), uint8 from 0 to 255 or floating-point from 0 to 1.
-        classes: class names in the order of the model's outputs, or {name: output}, as the loaders give them.
+        classes: names of the model's outputs, in any form that `class_names` takes.
 
     Returns:
-        A list of `Prediction`, one a picture, with probabilities that sum to 1.
+        A list of `Prediction`, one per picture, with probabilities that sum to 1.
 
     Raises:
         FileNotFoundError, ValueError, TypeError: something that is not a picture; says which.
+
+    Example:
+        >>> [prediction] = predict(Model.from_pretrained("tuned"), "cat.jpg")
+        >>> prediction.class_name, round(prediction.probability, 2)
+        ('cat', 0.87)
     """
-    classes = sorted(classes, key=classes.get) if isinstance(classes, dict) else list(classes)
+    classes = class_names(classes)
     if isinstance(images, (str, os.PathLike, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):
-        pixels = [_as_rgb(images, "images")]
-    elif isinstance(images, (list, tuple, np.ndarray)):
-        pixels = [_as_rgb(image, f"images[{index}]") for index, image in enumerate(images)]
-    else:
-        raise TypeError(f"images is a {type(images).__name__}; give a picture ({PICTURE}) or a list of pictures")
+        images = [images]
+    pixels = [_as_rgb(image, f"picture {number}") for number, image in enumerate(images, start=1)]
     if not pixels:
         return []
     normalised = (np.stack(pixels).astype(np.float32) / 255 - np.float32(CIFAR10_MEAN)) / np.float32(CIFAR10_STD)
-    batches = torch.from_numpy(normalised).permute(0, 3, 1, 2).split(256)  # memory for 256 at a time
+    images = torch.from_numpy(normalised).permute(0, 3, 1, 2).contiguous()
     parameter = next(model.parameters(), torch.empty(0))
     with evaluation_mode(model):
-        scores = torch.cat([model(batch.to(parameter)).float() for batch in batches])
+        scores = torch.cat([model(batch.to(parameter)).float() for batch in images.split(256)])  # memory for 256
     if not scores.softmax(dim=1).isfinite().all():
         raise ValueError("the model's scores are not finite; load weights that are")
     if scores.shape[1] != len(classes):
         raise ValueError(f"the model has {scores.shape[1]} outputs and {len(classes)} class names were given")
     return [
-        Prediction(classes[int(np.argmax(row))], float(max(row)), dict(zip(classes, row)))
+        Prediction(classes[int(np.argmax(row))], max(row), dict(zip(classes, row)))
         for row in scores.softmax(dim=1).tolist()
     ]
-
-
-@contextlib.contextmanager
-def evaluation_mode(model):
-    """Dropout off and running statistics in use; afterwards every module is in the mode in which it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield model.eval()
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _as_rgb(image, name):
     """One picture, in any of the forms that `predict` takes, as uint8 (32, 32, 3)."""
     if isinstance(image, np.ndarray):
         return to_rgb(_array_as_pil(image, name))
-    if not isinstance(image, (str, os.PathLike, Image.Image)):
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if not isinstance(image, (str, os.PathLike)):
         raise TypeError(f"{name} is a {type(image).__name__}; a picture is a {PICTURE}")
+    if str(image).startswith(("http://", "https://")):
+        raise ValueError(f"{image} is an address; download the picture and give the name of the file")
+    if os.path.isdir(image):
+        raise ValueError(f"{image} is a folder; give the pictures in it, such as {image}/*.jpg")
     try:
-        if isinstance(image, Image.Image):
-            return to_rgb(image)
         with Image.open(image, formats=FORMATS) as opened:
             return to_rgb(opened)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{name}: there is no file {image}") from None
+        raise FileNotFoundError(f"there is no file {image}") from None
     except Exception as error:  # a damaged file can make Pillow raise nearly anything
-        raise ValueError(f"{name}: {image} is not a picture that can be read ({error})") from None
+        raise ValueError(f"{image} is not a picture that can be read ({error})") from None
 
 
 def _array_as_pil(image, name):
@@ -111,20 +139,54 @@ def _array_as_pil(image, name):
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def main():
-    from models import Model  # here, because whoever imports `predict` brings a model
+def load_network(weights):
+    """(model, classes) of the weights that ship, by name, or of a run, by the path of its last.pt or best.pt.
 
-    parser = argparse.ArgumentParser(description="Classify pictures with the weights of the tuned recipe.")
+    Raises:
+        ValueError: a file that is not in the folder of a run, or is damaged.
+    """
+    import models  # here, because whoever imports `predict` brings a model
+    from pretrained import WEIGHTS, provenance
+
+    path = pathlib.Path(weights)
+    if path.suffix == ".pt" and not (path.parent / "run.json").exists():
+        raise ValueError(
+            f"{path} has no run.json beside it, which says what network it is of; give a file in runs/<name>/"
+        )
+    if path.suffix == ".pt":
+        trained = json.loads((path.parent / "run.json").read_text())["hyperparameters"]
+    else:
+        path, trained = WEIGHTS / f"{weights}.pt", provenance(weights)["hyperparameters"]
+    classes = trained["classes"].split("/")
+    model = getattr(models, trained["model"])(num_classes=len(classes))
+    model.load_state_dict(load_weights(path))
+    return model.eval(), classes
+
+
+def main():
+    from pretrained import WEIGHTS, most_accurate
+
+    shipped = ", ".join(sorted(path.stem for path in WEIGHTS.glob("*.pt")))
+    parser = argparse.ArgumentParser(
+        description=f"Classify pictures. The weights that ship know {', '.join(CIFAR10_CLASSES)}."
+    )
     parser.add_argument("pictures", nargs="+", metavar="picture", help="an image file of any size")
-    pictures = parser.parse_args().pictures
+    parser.add_argument(
+        "--weights",
+        default=most_accurate(),
+        help=f"{shipped} (default: the most accurate, %(default)s), or runs/<name>/last.pt of a run of your own",
+    )
+    arguments = parser.parse_args()
     try:
-        model, failed = Model.from_pretrained("tuned"), False
-    except ValueError as error:
-        sys.exit(error)
-    for picture in pictures:
+        model, classes = load_network(arguments.weights)
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.exit(str(error))
+    failed = False
+    for picture in arguments.pictures:
         try:
-            (prediction,) = predict(model, picture)
-            print(f"{picture}: {prediction.class_name} ({prediction.probability:.1%})")
+            [prediction] = predict(model, picture, classes)
+            best = sorted(prediction.probabilities.items(), key=lambda item: -item[1])[:3]
+            print(f"{picture}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in best))
         except (OSError, ValueError) as error:
             print(error, file=sys.stderr)
             failed = True

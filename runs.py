@@ -3,25 +3,25 @@
     run = Run("s9")
     hyperparameters = {"lr": 0.2, "epochs": 80, ...}
     train_losses, train_acc, test_losses, test_acc = run.resume(hyperparameters, model, optimizer, scheduler)
-    for epoch in range(len(train_losses), 80):
-        ...                                     # train, test, scheduler.step()
-        run.save(train_losses, train_acc, test_losses, test_acc)
+    with run:
+        for epoch in range(len(train_losses), 80):
+            ...                                 # train, test, scheduler.step()
+            run.save(train_losses, train_acc, test_losses, test_acc)
 
-`runs/<name>/checkpoint.pt` is the one source of truth, replaced atomically after every epoch; `history.csv`,
-`run.json`, `last.pt` and `best.pt` are written from it, and written again when the run is opened.
+`runs/<name>/checkpoint.pt` is the one source of truth, replaced atomically at the start and after every epoch;
+`history.csv`, `run.json`, `last.pt` and `best.pt` are written from it, and written again when the run is opened. Of the
+processes of a `torchrun`, the first writes.
 """
 
-import contextlib
-import copy
 import csv
 import io
 import json
 import math
-import os
 import pathlib
 import pickle
 import platform
 import random
+import sys
 import time
 import weakref
 import zipfile
@@ -33,49 +33,36 @@ import filelock
 import numpy as np
 import torch
 
-COLUMNS = ("train_loss", "train_acc", "test_loss", "test_acc")
-CHECKPOINT = ("hyperparameters", "kinds", "network", "model", "optimizer", "scheduler", "random", "history", "best")
-MAY_CHANGE = ("epochs",)  # hyperparameters that leave a checkpoint meaningful
-KINDS = {"optimizer": "the optimizer", "scheduler": "the scheduler"}
+from output import in_notebook, write_atomically
+from parallel import gather, rank, unwrap
 
-_STARTS = weakref.WeakKeyDictionary()  # {model: {folder: weights and random state before epoch 1, None if unknown}}
+COLUMNS = ("train_loss", "train_acc", "test_loss", "test_acc")
+CHECKPOINT = (
+    "hyperparameters",
+    "kinds",
+    "network",
+    "model",
+    "optimizer",
+    "scheduler",
+    "random",
+    "history",
+    "best",
+    "made_by",
+)
+MAY_CHANGE = ("epochs",)  # hyperparameters that leave a checkpoint meaningful
+
+_LAST_RUNS = weakref.WeakKeyDictionary()  # {model: folder of the run that it was last resumed in}
 
 
 def seed_everything(seed):
     """Seed every generator that training draws from: Python's, NumPy's and torch's, on all devices.
 
-    Raises:
-        ValueError: seed is not a whole number from 0 to 2**32 - 1, the range that NumPy takes.
+    Args:
+        seed: a whole number from 0 to 2**32 - 1.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed!r}; it must be a whole number from 0 to {2**32 - 1}")
+    np.random.seed(seed)  # first, as the strictest
     random.seed(seed)
-    np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def write_atomically(path, data):
-    """Write bytes to path so that it holds either all of them or what it held before.
-
-    Raises:
-        OSError: they could not be written (full or read-only disk); the old file, if any, is untouched.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        reason = (
-            f"could not write {path}: {error.strerror}. What was there before is intact; see that the folder "
-            "exists, can be written to and has room"
-        )
-        raise OSError(error.errno, reason) from None
-    finally:
-        with contextlib.suppress(OSError):  # a read-only disk refuses this too, and has had its error
-            partial.unlink(missing_ok=True)
 
 
 def load_weights(path):
@@ -85,13 +72,12 @@ def load_weights(path):
         OSError: the file cannot be read, or there is none.
         ValueError: the file is damaged, or holds more than tensors and plain values.
     """
+    data = pathlib.Path(path).read_bytes()  # whatever goes wrong from here on is in the bytes
     try:
-        with zipfile.ZipFile(path) as archive:  # torch itself does not check the CRCs
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch itself does not check the CRCs
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"bad checksum of {damaged}")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot read the weights in {path}: {error.strerror}") from None
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever zipfile, pickle and torch find wrong in arbitrary bytes
         foreign = isinstance(error, pickle.UnpicklingError)  # torch's text advises to load it without protection
         reason = "it holds more than tensors and plain values" if foreign else str(error).split("\n")[0]
@@ -101,8 +87,17 @@ def load_weights(path):
         ) from None
 
 
+class Stopped(KeyboardInterrupt):
+    """The stop button, which a notebook shows as one line."""
+
+    def _render_traceback_(self):
+        return [str(self)]
+
+
 class Run:
     """The directory `<root>/<name>/` of one training run, held by one process at a time.
+
+    As a context manager it says in one line where the run is, when it ends or is interrupted.
 
     Args:
         name: name of the run, and of its directory.
@@ -116,15 +111,18 @@ class Run:
     """
 
     def __init__(self, name, data="", root="runs"):
-        if not isinstance(name, str) or not name.strip(".") or pathlib.Path(name).name != name or "\0" in name:
+        if not name.strip(".") or pathlib.Path(name).name != name:
             raise ValueError(f"run name {name!r} must be a plain directory name, without separators")
         self.name, self.data = name, data
-        self._history = None  # resume sets it, and what it belongs to
+        self.history = None  # a dict per epoch: epoch, lr, COLUMNS, seconds; resume sets it
+        self.displays = set()  # what a notebook shows of the run and updates in place
         self._shown = str(pathlib.Path(root) / name)
         self.folder = pathlib.Path(root).absolute() / name  # a later chdir must not lose an epoch
+        if rank():
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # One lock a process and path, so that a notebook cell can be run again.
+            # One lock per process and path, so that a notebook cell can be run again.
             self._lock = filelock.FileLock(self.folder / ".lock", timeout=0, is_singleton=True)
             self._lock.acquire()
         except filelock.Timeout:
@@ -146,6 +144,23 @@ class Run:
         """Path of a file in the run's directory: `run / "curves.png"`."""
         return self.folder / file_name
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        done, epochs = len(self.history or ()), self.hyperparameters.get("epochs", "?")
+        if kind is KeyboardInterrupt:
+            stopped = f"{self}: stopped after epoch {done} of {epochs}; run this again to go on from there"
+            if in_notebook():
+                raise Stopped(stopped) from None
+            sys.exit(stopped)
+        if kind is None and done and rank() == 0:
+            last, best = self.history[-1], self._best
+            print(
+                f"{self}: {done} of {epochs} epochs, test accuracy {last['test_acc']:.2f} % "
+                f"(the best, after epoch {best['epoch']}: {best['test_acc']:.2f} %)"
+            )
+
     def resume(self, hyperparameters, model, optimizer, scheduler=None):
         """Bring all three, and the random generators, to where the last complete epoch left them, if there was one.
 
@@ -155,59 +170,46 @@ class Run:
             model, optimizer, scheduler: new ones, made as at the run's start; `save` records them.
 
         Returns:
-            (train_losses, train_acc, test_losses, test_acc): lists with an entry an epoch done, to append to.
+            (train_losses, train_acc, test_losses, test_acc): lists with an entry per epoch done, to append to.
 
         Raises:
             ValueError: the checkpoint is damaged, or of another network, optimizer or scheduler, or of other
                 hyperparameters; nothing is changed.
-            TypeError: hyperparameters that no checkpoint can hold, or arguments in another order.
+            TypeError: hyperparameters that no checkpoint can hold.
         """
         _check_hyperparameters(hyperparameters)
-        if not isinstance(model, torch.nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                f"resume got a {type(model).__name__} as model and a {type(optimizer).__name__} as optimizer; it takes "
-                "hyperparameters, model, optimizer and scheduler, in this order"
-            )
         self.hyperparameters = dict(hyperparameters)
-        self._model, self._optimizer, self._scheduler = model, optimizer, scheduler
-        self._history = None  # save waits until it is clear that this is the same run
-        starts = _STARTS.setdefault(model, {})
-        checkpoint_path = self / "checkpoint.pt"
-        if not checkpoint_path.exists():
-            if starts.get(self.folder):  # stopped in epoch 1, and started again: not with half-trained weights
-                weights, random_state = starts[self.folder]
-                model.load_state_dict(weights)
-                _set_random_state(random_state)
-                print(f"{self}: a new run, once more from the weights that this model had at its start")
-            else:
-                trained = " from the weights that another run left in this model; make a new model to start afresh"
-                print(f"{self}: a new run{trained if starts else ''}")
-                starts[self.folder] = copy.deepcopy(model.state_dict()), _random_state()
-            self._history, self._best = [], None  # a dict an epoch: lr and seconds, beside COLUMNS
-            self._start_epoch()
-            return [], [], [], []
-        checkpoint = load_weights(checkpoint_path)
-        missing = [key for key in CHECKPOINT if key not in checkpoint] if isinstance(checkpoint, dict) else CHECKPOINT
-        if missing or not checkpoint["history"]:
+        self._model, self._optimizer, self._scheduler = unwrap(model), optimizer, scheduler
+        self.history = None  # save waits until it is clear that this is the same run
+        checkpoint = gather(self._read_checkpoint() if rank() == 0 else None)[0]
+        last_run = _LAST_RUNS.get(self._model)
+        _LAST_RUNS[self._model] = self.folder
+        of_network = checkpoint and self._network_differences(checkpoint)
+        differences = checkpoint and self._differences(checkpoint) + of_network
+        if checkpoint and checkpoint["history"] and differences:
+            more = f", and {len(differences) - 5} more differences" if len(differences) > 5 else ""
             raise ValueError(
-                f"{checkpoint_path} is not a checkpoint of a run (no {missing[0] if missing else 'epoch'!r} in it); "
-                "nothing was changed. Put back a good copy, or delete it to start afresh"
+                f"the checkpoint in {self.folder} is of another run: {'; '.join(differences[:5])}{more}. To start "
+                f"afresh, choose another RUN_NAME or delete {self.folder}; to go on, put the old values back"
             )
-        self._refuse_other_run(checkpoint)
-        model.load_state_dict(checkpoint["model"])
-        for saved, given in zip(checkpoint["optimizer"]["param_groups"], optimizer.param_groups):
-            # How it computes, not what: the checkpoint may come from another kind of device.
-            saved |= {how: given[how] for how in ("foreach", "fused") if how in given}
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if scheduler is not None:
-            scheduler.load_state_dict(checkpoint["scheduler"])
-        starts.setdefault(self.folder)
-        self._history, self._best = checkpoint["history"], checkpoint["best"]
-        _set_random_state(checkpoint["random"])
-        self._start_epoch()
-        self._export(checkpoint)
-        print(f"{self}: going on after epoch {len(self._history)} of {self.hyperparameters.get('epochs', '?')}")
-        return tuple([row[column] for row in self._history] for column in COLUMNS)
+        if checkpoint and not differences:
+            self._restore(checkpoint)
+            done, epochs = len(self.history), hyperparameters.get("epochs", "?")
+            self._say(f"going on after epoch {done} of {epochs}" if done else "starting again, with epoch 1")
+            self._start_epoch()
+            self._export(checkpoint)
+        else:
+            # After a stop in epoch 1 the settings may change, but its half-trained weights must not be the start.
+            if checkpoint and last_run == self.folder and not of_network:
+                self._model.load_state_dict(checkpoint["model"])
+                _set_random_state(checkpoint["random"])
+            other = last_run not in (None, self.folder)
+            trained = " from the weights that another run left in this model; make a new model to start afresh"
+            self._say(f"a new run{trained if other else ''}")
+            self.history, self._best = [], None
+            self._start_epoch()
+            self._write(self._checkpoint())
+        return tuple([row[column] for row in self.history] for column in COLUMNS)
 
     def save(self, train_losses, train_acc, test_losses, test_acc):
         """Record the epoch that has just ended, the last entry of each list, and everything needed to go on from it.
@@ -217,47 +219,98 @@ class Run:
             RuntimeError: before `resume`.
             OSError: it could not be written; the last checkpoint is intact.
         """
-        if self._history is None:
+        if self.history is None:
             raise RuntimeError("save before resume; resume says which model and hyperparameters the run is of")
         lists = (train_losses, train_acc, test_losses, test_acc)
-        if {len(values) for values in lists} != {len(self._history) + 1}:
+        if {len(values) for values in lists} != {len(self.history) + 1}:
             raise ValueError(
-                f"save got lists of {', '.join(str(len(values)) for values in lists)} epochs and {len(self._history)} "
+                f"save got lists of {', '.join(str(len(values)) for values in lists)} epochs and {len(self.history)} "
                 "are saved; it takes each list of resume with one entry appended"
             )
-        row = {"epoch": len(self._history) + 1, "lr": self._lr}
-        row |= {column: _finite(column, values[-1]) for column, values in zip(COLUMNS, lists)}
+        row = {"epoch": len(self.history) + 1, "lr": self._lr}
+        row |= {column: float(values[-1]) for column, values in zip(COLUMNS, lists)}
+        if not all(map(math.isfinite, row.values())):
+            raise ValueError(f"the epoch is {row}; save records finite numbers")
         row["seconds"] = round(time.monotonic() - self._epoch_start, 2)
-        history = [*self._history, row]
-        weights = {name: value.detach().cpu().clone() for name, value in self._model.state_dict().items()}
-        best = self._best
-        if best is None or row["test_acc"] > best["test_acc"]:
-            best = {"epoch": row["epoch"], "test_acc": row["test_acc"], "weights": weights}
-        checkpoint = {
-            "hyperparameters": self.hyperparameters,
-            "kinds": self._kinds(),
-            "network": repr(self._model),
-            "model": weights,
-            "optimizer": self._optimizer.state_dict(),
-            "scheduler": self._scheduler.state_dict() if self._scheduler else None,
-            "random": _random_state(),
-            "history": history,
-            "best": best,
-            "made_by": self._made_by(),
-        }
-        write_atomically(self / "checkpoint.pt", _serialized(checkpoint))
-        self._history, self._best = history, best
-        self._export(checkpoint)
+        before = self.history, self._best
+        self.history = [*self.history, row]
+        if self._best is None or row["test_acc"] > self._best["test_acc"]:
+            self._best = {"epoch": row["epoch"], "test_acc": row["test_acc"], "weights": self._weights()}
+        try:
+            checkpoint = self._checkpoint()
+            self._write(checkpoint)
+            self._export(checkpoint)
+        except BaseException:
+            self.history, self._best = before
+            raise
         self._start_epoch()
+
+    def _say(self, what):
+        if rank() == 0:
+            print(f"{self}: {what}")
 
     def _start_epoch(self):
         # A scheduler will have changed it when the epoch is saved.
         self._lr = float(self._optimizer.param_groups[0]["lr"])
         self._epoch_start = time.monotonic()
 
+    def _read_checkpoint(self):
+        """The checkpoint, or None if there is none yet."""
+        path = self / "checkpoint.pt"
+        if not path.exists():
+            return None
+        checkpoint = load_weights(path)
+        missing = [key for key in CHECKPOINT if key not in checkpoint] if isinstance(checkpoint, dict) else CHECKPOINT
+        if missing:
+            raise ValueError(
+                f"{path} is not a checkpoint of a run (no {missing[0]!r} in it); nothing was changed. Put back a good "
+                "copy, or delete it to start afresh"
+            )
+        return checkpoint
+
+    def _restore(self, checkpoint):
+        self._model.load_state_dict(checkpoint["model"])
+        for saved, given in zip(checkpoint["optimizer"]["param_groups"], self._optimizer.param_groups):
+            # How it computes, not what: the checkpoint may come from another kind of device.
+            saved |= {how: given[how] for how in ("foreach", "fused") if how in given}
+        self._optimizer.load_state_dict(checkpoint["optimizer"])
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(checkpoint["scheduler"])
+        self.history, self._best = checkpoint["history"], checkpoint["best"]
+        _set_random_state(checkpoint["random"])
+
+    def _weights(self):
+        return {name: value.detach().cpu().clone() for name, value in self._model.state_dict().items()}
+
+    def _checkpoint(self):
+        return {
+            "hyperparameters": self.hyperparameters,
+            "kinds": self._kinds(),
+            "network": repr(self._model),
+            "model": self._weights(),
+            "optimizer": self._optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict() if self._scheduler else None,
+            "random": gather(_random_state()),
+            "history": self.history,
+            "best": self._best,
+            "made_by": self._made_by(),
+        }
+
+    def _write(self, checkpoint):
+        if rank() == 0:
+            self._write_file("checkpoint.pt", _serialized(checkpoint))
+
+    def _write_file(self, name, data):
+        try:
+            write_atomically(self / name, data)
+        except PermissionError as error:  # under Windows, while another program has it open
+            print(f"{error}; the run goes on, and writes it after the next epoch or at the next start")
+
     def _export(self, checkpoint):
         """The files that people read, from the checkpoint."""
         history, best = checkpoint["history"], checkpoint["best"]
+        if rank() or not history:
+            return
         table = io.StringIO()
         writer = csv.DictWriter(table, history[0].keys(), lineterminator="\n")
         writer.writeheader()
@@ -272,19 +325,12 @@ class Run:
             "best_epoch": best["epoch"],
             "training_seconds": round(sum(row["seconds"] for row in history), 1),
             "saved": datetime.fromtimestamp(saved, UTC).isoformat(timespec="seconds"),
-            **checkpoint.get("made_by", {}),  # which older checkpoints lack
+            **checkpoint["made_by"],
         }
-        files = {
-            "history.csv": table.getvalue().encode(),
-            "run.json": (json.dumps(summary, indent=2) + "\n").encode(),
-            "last.pt": _serialized(checkpoint["model"]),
-            "best.pt": _serialized(best["weights"]),
-        }
-        for name, data in files.items():
-            try:
-                write_atomically(self / name, data)
-            except PermissionError as error:  # under Windows, while another program has it open
-                print(f"{error}; the run goes on, and writes it after the next epoch or at the next start")
+        self._write_file("history.csv", table.getvalue().encode())
+        self._write_file("run.json", (json.dumps(summary, indent=2) + "\n").encode())
+        self._write_file("last.pt", _serialized(checkpoint["model"]))
+        self._write_file("best.pt", _serialized(best["weights"]))
 
     def _made_by(self):
         """What the last epoch was trained with and on, which need not be the machine that opens the run."""
@@ -299,60 +345,52 @@ class Run:
         }
 
     def _kinds(self):
-        """What the states of optimizer and scheduler fit, by the keys of KINDS."""
+        """What the states of optimizer and scheduler fit."""
         return {
             "optimizer": type(self._optimizer).__name__,
             "scheduler": type(self._scheduler).__name__ if self._scheduler else None,
         }
 
-    def _refuse_other_run(self, checkpoint):
+    def _differences(self, checkpoint):
+        """What in the settings is not as in the checkpoint, in words."""
         saved, given = checkpoint["hyperparameters"], self.hyperparameters
-        differences = [
-            f"{key} was {saved.get(key)!r} and is {given.get(key)!r}"
+        pairs = {
+            key: (saved.get(key), given.get(key))
             for key in sorted(saved.keys() | given.keys())
-            if key not in MAY_CHANGE and saved.get(key) != given.get(key)
-        ]
-        differences += [
-            f"{KINDS[what]} was {checkpoint['kinds'].get(what)} and is {kind}"
-            for what, kind in self._kinds().items()
-            if checkpoint["kinds"].get(what) != kind
-        ]
-        then, now = map(_group_sizes, (checkpoint["optimizer"]["param_groups"], self._optimizer.param_groups))
-        if then != now:
-            differences.append(f"the number of parameters in the optimizer was {then} and is {now}")
-        then = _schedule_length(checkpoint["scheduler"])
-        now = _schedule_length(self._scheduler.state_dict() if self._scheduler else None)
-        if then != now:
-            differences.append(
-                f"the length of the schedule in steps, which EPOCHS and the number of images decide, was {then} and is "
-                f"{now}"
-            )
-        shapes = {name: tuple(value.shape) for name, value in checkpoint["model"].items()}
-        now = {name: tuple(value.shape) for name, value in self._model.state_dict().items()}
-        differences += [
-            f"{name} of the network was {shapes.get(name, 'absent')} and is {now.get(name, 'absent')}"
-            for name in sorted(shapes.keys() | now.keys())
-            if shapes.get(name) != now.get(name)
+            if key not in MAY_CHANGE
+        }
+        pairs |= {f"the {what}": (checkpoint["kinds"].get(what), kind) for what, kind in self._kinds().items()}
+        pairs["the number of parameters in the optimizer"] = tuple(
+            " + ".join(str(len(group["params"])) for group in groups)
+            for groups in (checkpoint["optimizer"]["param_groups"], self._optimizer.param_groups)
+        )
+        pairs["the length of the schedule in steps, which EPOCHS and the number of images decide,"] = (
+            _schedule_length(checkpoint["scheduler"]),
+            _schedule_length(self._scheduler.state_dict() if self._scheduler else None),
+        )
+        pairs["the number of processes"] = len(checkpoint["random"]), len(gather(None))
+        return [f"{what} was {then!r} and is {now!r}" for what, (then, now) in pairs.items() if then != now]
+
+    def _network_differences(self, checkpoint):
+        """What in the network is not as in the checkpoint, in words."""
+        then, now = (
+            {name: tuple(value.shape) for name, value in weights.items()}
+            for weights in (checkpoint["model"], self._model.state_dict())
+        )
+        differences = [
+            f"{name} of the network was {then.get(name, 'absent')} and is {now.get(name, 'absent')}"
+            for name in sorted(then.keys() | now.keys())
+            if then.get(name) != now.get(name)
         ]
         # Another version of torch may print the same layers otherwise.
-        if checkpoint.get("made_by", {}).get("versions", {}).get("torch") == version("torch"):
+        if checkpoint["made_by"]["versions"]["torch"] == version("torch"):
             then, now = checkpoint["network"].splitlines(), repr(self._model).splitlines()
             differences += [
                 f"a layer was {old.strip()} and is {new.strip()}"
                 for old, new in zip_longest(then, now, fillvalue="nothing")
                 if old != new
             ]
-        if differences:
-            more = f", and {len(differences) - 5} more differences" if len(differences) > 5 else ""
-            raise ValueError(
-                f"the checkpoint in {self.folder} is of another run: {'; '.join(differences[:5])}{more}. To start "
-                f"afresh, choose another RUN_NAME or delete {self.folder}; to go on, put the old values back"
-            )
-
-
-def _group_sizes(param_groups):
-    """How many parameters an optimizer has, group by group, such as "16 + 28"."""
-    return " + ".join(str(len(group["params"])) for group in param_groups)
+        return differences
 
 
 def _schedule_length(state):
@@ -361,8 +399,6 @@ def _schedule_length(state):
 
 
 def _check_hyperparameters(hyperparameters):
-    if not isinstance(hyperparameters, dict):
-        raise TypeError(f"hyperparameters is a {type(hyperparameters).__name__}; it must be a dict")
     for name, value in hyperparameters.items():
         # A subclass, such as NumPy's float64, would be saved but not load again; NaN is not even equal to itself.
         if type(value) not in (int, float, bool, str, type(None)) or value != value:
@@ -370,12 +406,6 @@ def _check_hyperparameters(hyperparameters):
                 f"hyperparameter {name!r} is {value!r}, a {type(value).__name__}; it must be a number, string or bool "
                 "of Python, or None"
             )
-
-
-def _finite(column, value):
-    if isinstance(value, str) or not math.isfinite(value):
-        raise ValueError(f"the last {column} is {value!r}; save records finite numbers")
-    return float(value)
 
 
 def _serialized(value):
@@ -396,7 +426,8 @@ def _random_state():
     }
 
 
-def _set_random_state(state):
+def _set_random_state(states):
+    state = states[rank()]
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,9 +1,10 @@
 """What suits a device: bfloat16 only on a CPU that multiplies it sooner than float32, channels_last but on Apple's."""
 
+import devices
+
 import pytest
 import torch
 
-import devices
 import utils
 from models import Model
 

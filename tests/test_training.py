@@ -5,12 +5,12 @@ import math
 import types
 
 import numpy as np
+import progress
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import progress
 import utils
 from models import Model
 

@@ -1,0 +1,228 @@
+"""What an epoch of `train` or `test` counts, shows and refuses."""
+
+import functools
+import math
+import operator
+import time
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn, optim
+
+from output import progress_bar
+from parallel import sum_over_processes
+
+# ---- what it counts ------------------------------------------------------------------------------------------------
+
+
+class Tally:
+    """Running loss and accuracy of one epoch. They stay on the device, because to read them is to wait for it."""
+
+    def __init__(self, what, bar, device):
+        self.what, self.bar, self.device = what, bar, device
+        self.losses, self.sizes, self.correct = [], [], 0
+        self.last_shown = time.monotonic()
+
+    def add(self, loss, predictions, labels):
+        """Count a batch; returns whether the device was waited for, to show how far it is."""
+        self.losses.append(loss.detach())
+        self.sizes.append(len(labels))
+        self.bar.update()
+        self.correct += (predictions == labels).sum()
+        if time.monotonic() - self.last_shown <= 0.5:
+            return False
+        loss_sum, correct, seen = self.sums()
+        self.bar.set_postfix_str(f"loss {loss_sum / seen:.4f}, accuracy {100 * correct / seen:.2f} %", refresh=False)
+        self.last_shown = time.monotonic()
+        return True
+
+    def sums(self):
+        """(sum of the losses, number correct, number seen) of this process so far."""
+        losses = torch.stack(self.losses).tolist() if self.losses else []
+        for batch, loss in enumerate(losses, start=1):
+            if not math.isfinite(loss):
+                advice = "; if training itself got there, go on from the last checkpoint with a smaller learning rate"
+                raise FloatingPointError(
+                    f"{self.what}, batch {batch}: the loss is {loss}. Look for non-finite values in data and weights"
+                    f"{'' if self.what == 'test' else advice}"
+                )
+        return sum(loss * size for loss, size in zip(losses, self.sizes)), int(self.correct), sum(self.sizes)
+
+    def read(self):
+        """(mean loss per sample, accuracy in %) of all processes."""
+        loss_sum, correct, seen = sum_over_processes(list(self.sums()), self.device)
+        if not seen:
+            raise ValueError(f"{self.what}: the loader is empty; it gave no batch")
+        return loss_sum / seen, 100 * correct / seen
+
+
+class Misclassified(NamedTuple):
+    """A sample that the model got wrong: normalised image float32 (3, H, W) and two class indices, 0-d int64 tensors.
+
+    All on the CPU, and each with memory of its own.
+    """
+
+    image: torch.Tensor
+    true: torch.Tensor
+    predicted: torch.Tensor
+
+
+class MisclassifiedSamples(list):
+    """What `test` returns: a list of `Misclassified`; `tested` is how many samples of each class there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.tested = np.zeros(0, dtype=int)
+
+    def read(self, unread):
+        """Take over what is wrong in a list of batches (images, labels, predictions), which it empties."""
+        for images, labels, predictions in unread:
+            images, labels, predictions = images.cpu(), labels.cpu(), predictions.cpu()
+            counts = np.bincount(labels, minlength=len(self.tested))
+            counts[: len(self.tested)] += self.tested
+            self.tested = counts
+            for index in torch.nonzero(predictions != labels).flatten().tolist():
+                sample = images[index], labels[index], predictions[index]
+                self.append(Misclassified(*(part.clone() for part in sample)))
+        unread.clear()
+
+
+# ---- what it shows -------------------------------------------------------------------------------------------------
+
+
+def batch_bar(loader, description):
+    """A bar of the batches of a loader."""
+    # It gets the length and not the loader, of which older versions of tqdm start a second epoch.
+    return progress_bar(total=operator.length_hint(loader) or None, desc=description, unit="batch", leave=False)
+
+
+def report(what, split, loss, accuracy, seconds, loader):
+    """The line that `train` and `test` print."""
+    data = getattr(getattr(loader, "dataset", loader), "name", type(loader).__name__)
+    print(f"{what:>8}  {split:5}  loss {loss:.4f}  accuracy {accuracy:5.2f} %  {seconds:6.1f} s  [{data}]", flush=True)
+
+
+# ---- what it refuses: what would be silently wrong -----------------------------------------------------------------
+
+
+def check_lists(losses, accuracies):
+    """Lists of losses and of accuracies in % that were given in each other's place, as their last values betray."""
+    if any(values and values[-1] > 10 for values in losses) and any(values and values[-1] < 5 for values in accuracies):
+        raise ValueError(
+            f"the lists of losses end in {[values[-1] for values in losses if values]} and those of accuracies in "
+            f"{[values[-1] for values in accuracies if values]} %; they seem to be in each other's place. The order is "
+            "train_losses, train_acc; for post_accuracyplots train_losses, test_losses, train_acc, test_acc"
+        )
+
+
+def check_criterion(criterion):
+    """The criterion gives the mean over a batch, as the means of an epoch take for granted."""
+    options = criterion.keywords if isinstance(criterion, functools.partial) else vars(criterion)
+    if (reduction := options.get("reduction", "mean")) != "mean":
+        raise ValueError(f"the criterion's reduction is {reduction!r}; it must be the 'mean' over a batch")
+
+
+def check_optimizer(model, optimizer, criterion):
+    """The optimizer trains this model as it is now, and not layers that it once had."""
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    missing = {name: p for name, p in model.named_parameters() if p.requires_grad and p not in held}
+    criterions = set(criterion.parameters()) if isinstance(criterion, nn.Module) else set()
+    foreign = held - set(model.parameters()) - criterions
+    if not missing:
+        return
+    names = ", ".join(list(missing)[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    if foreign or getattr(optimizer, "of_whole_model", False):
+        raise ValueError(
+            f"the optimizer does not have the parameters {names} of this model, so they would never be trained; it was "
+            "made for another model, or before a layer was replaced. Make it again, with get_optimizer(model, ...)"
+        )
+    warnings.warn(f"the optimizer does not have {names}, which will not be trained", stacklevel=3)
+
+
+def check_scheduler(scheduler, loader):
+    """The scheduler, if there is one, counts batches and nobody else steps it."""
+    if scheduler is None:
+        return
+    batches = operator.length_hint(loader)
+    made_for = getattr(scheduler, "steps_per_epoch", batches)
+    if isinstance(scheduler, optim.lr_scheduler.ReduceLROnPlateau) or (made_for == 1 and batches > 1):
+        raise ValueError(
+            f"train steps its scheduler after every batch, and this {type(scheduler).__name__} counts epochs. Call "
+            "train without it and step it after each epoch, or make it with "
+            "get_scheduler(..., steps_per_epoch=len(train_loader))"
+        )
+    if made_for != batches:
+        raise ValueError(
+            f"the scheduler was made for {made_for} batches per epoch and the loader has {batches}; make it with "
+            "get_scheduler(..., steps_per_epoch=len(train_loader))"
+        )
+    left = getattr(scheduler, "total_steps", math.inf) - scheduler.last_epoch
+    if left < batches:
+        raise ValueError(
+            f"the scheduler has {left} steps left and the epoch takes {batches}; it was made for fewer epochs, or for "
+            "epochs instead of batches: get_scheduler(..., epochs=EPOCHS, steps_per_epoch=len(train_loader))"
+        )
+    if scheduler.last_epoch != getattr(scheduler, "stepped_to", scheduler.last_epoch):
+        raise ValueError(
+            "train steps this scheduler after every batch, and it was stepped once more since the last epoch; take "
+            "scheduler.step() out of the loop, or do not give the scheduler to train"
+        )
+
+
+def checked_batch(batch):
+    """(images, labels), once they are tensors that a network takes; torch says it less clearly, or on a GPU not."""
+    images, labels = batch
+    if not (isinstance(images, torch.Tensor) and isinstance(labels, torch.Tensor)):
+        raise TypeError(
+            f"the loader gave a {type(images).__name__} and a {type(labels).__name__}; a batch is a pair of tensors "
+            "(images, labels), such as torch.utils.data.DataLoader makes"
+        )
+    if not images.is_floating_point() or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"the loader gave {images.dtype} images {tuple(images.shape)} and {labels.dtype} labels "
+            f"{tuple(labels.shape)}; a batch is normalised floating-point images (N, ...) and int64 labels (N,)"
+        )
+    return images, labels
+
+
+def check_labels(labels, scores):
+    """There is a class for each label; a GPU only says that an assertion failed."""
+    # Labels that are on a GPU already would have to be waited for.
+    if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < scores.shape[1]:
+        raise ValueError(
+            f"the loader gave labels from {int(labels.min())} to {int(labels.max())}; the model has {scores.shape[1]} "
+            f"classes, so labels go from 0 to {scores.shape[1] - 1}"
+        )
+
+
+def check_scores(scores, criterion):
+    """The scores are what the criterion takes: with another kind, a loss still falls and means nothing."""
+    function = criterion.func if isinstance(criterion, functools.partial) else criterion
+    takes_logs = function is F.nll_loss or isinstance(function, nn.NLLLoss)
+    takes_scores = function is F.cross_entropy or isinstance(function, nn.CrossEntropyLoss)
+    if not (takes_logs or takes_scores) or scores.ndim != 2:
+        return
+    scores = scores.detach().float()
+    # Half precision leaves sums of probabilities a few hundredths off.
+    probabilities = bool((scores >= 0).all() & ((scores.sum(dim=1) - 1).abs() < 0.05).all())
+    if probabilities and scores.shape[1] > 1:
+        raise ValueError(
+            "the model returns probabilities; both losses take their logarithm. Let it return scores instead, without "
+            'the softmax, and train with get_loss("cross_entropy")'
+        )
+    if takes_logs and (scores.logsumexp(dim=1).abs() > 0.1).any():
+        raise ValueError(
+            "the model returns scores that are not log-probabilities, and the loss is the negative log-likelihood; "
+            'train with get_loss("cross_entropy"), or end the model in log_softmax'
+        )
+
+
+def check_loss(loss):
+    """The criterion gave one number."""
+    if loss.ndim:
+        raise ValueError(
+            f"the criterion gave a loss of shape {tuple(loss.shape)}; it must be one number, the batch's mean"
+        )

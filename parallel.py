@@ -1,0 +1,51 @@
+"""A model inside its wrapper, and what the processes of a `torchrun` tell each other; alone, everything is a no-op."""
+
+import torch
+from torch import distributed, nn
+
+
+def unwrap(model):
+    """The network inside `DataParallel`, `DistributedDataParallel` and `torch.compile`, in any order."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):  # torch.compile
+            model = model._orig_mod
+        else:
+            return model
+
+
+def rank():
+    """Number of this process, from 0."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def world_size():
+    """Number of processes."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def sum_over_processes(values, device):
+    """The numbers of a list, each summed over all processes, as a list of floats."""
+    if world_size() == 1:
+        return values
+    device = device if distributed.get_backend() == "nccl" else "cpu"
+    totals = torch.tensor(values, dtype=torch.float64, device=device)
+    distributed.all_reduce(totals)
+    return totals.tolist()
+
+
+def gather(value):
+    """What each process has, in a list, the same in all of them."""
+    if world_size() == 1:
+        return [value]
+    gathered = [None] * world_size()
+    distributed.all_gather_object(gathered, value)
+    return gathered
+
+
+def share_buffers(model):
+    """Give all processes the running statistics of the first, whose weights are kept."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            distributed.broadcast(buffer, 0)

@@ -1,0 +1,279 @@
+"""What an output of a network sees of the image: `receptive_field` computes it, `post_receptive_field` shows it."""
+
+from dataclasses import dataclass, fields
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import nn
+
+from layers import evaluation_mode
+from output import save_figure
+from parallel import unwrap
+
+
+@dataclass(frozen=True)
+class ReceptiveFieldRow:
+    """One convolution or pooling: its geometry, and in input pixels what one of its outputs sees.
+
+    `name` is the path of its module in the model and `summary_row` its row in the torchsummary table, both empty if it
+    is a function; `size` is the side of its output, `jump` the distance in input pixels between neighbouring outputs.
+    Both `jump` and `receptive_field` are None from a global pooling on, where every output sees the whole image.
+    """
+
+    name: str
+    summary_row: str
+    kernel: int
+    stride: int
+    padding: int
+    dilation: int
+    groups: int
+    size: int
+    jump: int | None
+    receptive_field: int | None
+
+
+class ReceptiveFieldTable(list):
+    """The rows of `receptive_field`, which print as a table."""
+
+    @property
+    def total(self):
+        """The largest receptive field, in pixels, before any global pooling."""
+        return max((row.receptive_field for row in self if row.receptive_field is not None), default=1)
+
+    def __str__(self):
+        names = [field.name for field in fields(ReceptiveFieldRow)]
+        lines = [[name.replace("_", " ") for name in names]]
+        lines += [["all" if (v := getattr(row, name)) is None else str(v) for name in names] for row in self]
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) if n < 2 else cell.rjust(width) for n, (cell, width) in enumerate(row))
+            for row in (zip(line, widths) for line in lines)
+        )
+
+
+def receptive_field(model, input_size=32):
+    """Compute what each output of each convolution and pooling sees, where paths join the largest over them.
+
+    A forward pass over zeros leaves autograd's graph, which is walked from the input: along each path
+    r_out = r_in + (k - 1) * d * j_in and j_out = j_in * s (Araujo et al., "Computing Receptive Fields of Convolutional
+    Neural Networks", Distill 2019).
+
+    Args:
+        model: any network of square 2-D convolutions, poolings and steps that mix no pixels; paths may split and join.
+        input_size: side of the square input in pixels.
+
+    Returns:
+        A `ReceptiveFieldTable`: a list of `ReceptiveFieldRow` in the order of execution, printable, with the receptive
+        field in `.total`.
+
+    Raises:
+        ValueError: a step whose effect is not known, such as resizing or slicing.
+
+    Example:
+        >>> receptive_field(nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3))).total
+        8
+    """
+    model = unwrap(model)
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is None:
+        raise ValueError(f"{type(model).__name__} has no Conv2d; receptive_field traces convolutional networks")
+    calls = {}  # node of the graph: (name of its module, row in the torchsummary table)
+    names = {module: name for name, module in model.named_modules()}
+
+    def record(module, inputs, output):
+        if isinstance(output, torch.Tensor):
+            name = names[module] or type(module).__name__
+            calls.setdefault(output.grad_fn, (name, f"{type(module).__name__}-{len(count)}"))
+        count.append(module)
+
+    count = [None]
+    hooks = [m.register_forward_hook(record) for m in model.modules() if not any(True for _ in m.children())]
+    x = torch.zeros(1, first.in_channels, input_size, input_size, device=first.weight.device, dtype=first.weight.dtype)
+    # The weights take part as constants, so every node of the graph lies between input and output.
+    constants = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    try:
+        with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
+            output = torch.func.functional_call(model, constants, (x.requires_grad_().clone(),))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not isinstance(output, torch.Tensor):
+        raise ValueError(
+            f"receptive_field traces networks that return a tensor; this returns a {type(output).__name__}"
+        )
+
+    rows = ReceptiveFieldTable()
+    seen = {}  # node: (side, jump, receptive field) of its output
+    for node in _in_order(output.grad_fn):
+        before = _join([seen[parent] for parent, _ in node.next_functions if parent in seen], node, input_size)
+        layer = _layer(node, calls.get(node))
+        if layer is None:
+            seen[node] = _step(node, before)
+            continue
+        side_in, kernel, stride, padding, dilation, groups = layer
+        side, jump, field = before
+        name, summary_row = calls.get(node, ("", ""))
+        if side != side_in:
+            raise ValueError(
+                f"receptive_field cannot trace what happens before {name or node.name()!r}: the side changes from "
+                f"{side} to {side_in} by a step that is neither convolution nor pooling"
+            )
+        ceil = stride - 1 if getattr(node, "_saved_ceil_mode", False) else 0
+        side = (side + 2 * padding - dilation * (kernel - 1) - 1 + ceil) // stride + 1
+        if kernel == side_in > 1 and side == 1 and "Convolution" not in node.name():
+            jump = field = None  # global pooling
+        if field is not None:
+            field += (kernel - 1) * dilation * jump
+        jump = jump and jump * stride
+        seen[node] = side, jump, field
+        rows.append(ReceptiveFieldRow(name, summary_row, kernel, stride, padding, dilation, groups, side, jump, field))
+    return rows
+
+
+def _in_order(last):
+    """The nodes of autograd's graph, each after those that it depends on, in the order of execution."""
+    nodes, waiting = set(), [last]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            waiting += [parent for parent, _ in node.next_functions]
+    # The leaf, which accumulates the gradient of the input, has the largest number of all.
+    return sorted(nodes, key=lambda node: -1 if "AccumulateGrad" in node.name() else node._sequence_nr())
+
+
+def _join(paths, node, input_size):
+    """(side, jump, receptive field) of what goes into a node, where several paths may join."""
+    if not paths:
+        return input_size, 1, 1
+    images = {path[:2] for path in paths if path[1] is not None}
+    if len(images) > 1:
+        raise ValueError(
+            f"receptive_field cannot trace {node.name()}, which joins images of different sizes or strides"
+        )
+    side, jump = images.pop() if images else paths[0][:2]
+    fields = [path[2] for path in paths]
+    return side, jump, None if None in fields else max(fields)
+
+
+# What autograd calls the steps that move pixels about.
+MOVING = ("Slice", "Upsample", "Im2Col", "Col2Im", "GridSampler", "Roll", "Flip", "Fft", "PixelShuffle", "Index")
+
+
+def _step(node, before):
+    """(side, jump, receptive field) behind a step that is no layer."""
+    name, (side, jump, field) = node.name(), before
+    if jump is None:
+        return before
+    of_channels = "Slice" in name and node._saved_dim == 1
+    if any(kind in name for kind in MOVING) and not of_channels:
+        raise ValueError(f"receptive_field cannot trace {name.removesuffix('Backward0')}, which moves pixels about")
+    if "Pad" in name:
+        pad = node._saved_pad if "Constant" in name else node._saved_padding
+        return side + pad[0] + pad[1], jump, field
+    if any(kind in name for kind in ("Mean", "Sum", "Amax", "MaxBackward", "AdaptiveMax", "Bmm")):
+        return 1, None, None  # over the whole image
+    if "AddmmBackward" in name or "MmBackward" in name:  # a linear layer
+        rows = (node._saved_mat1_sym_sizes if "Add" in name else node._saved_self_sym_sizes)[0]
+        if rows == 1:
+            return 1, None, None  # over the whole image
+        if rows != side * side:  # neither over the channels of each pixel
+            raise ValueError("receptive_field cannot trace a linear layer along the rows of an image")
+    return before
+
+
+def _layer(node, call):
+    """(side before it, kernel, stride, padding, dilation, groups) of a convolution or pooling, else None."""
+    name = node.name()
+    if "Convolution" in name:
+        shape, kernel = node._saved_input.shape, node._saved_weight.shape[2:]
+        rest = node._saved_stride, node._saved_padding, node._saved_dilation, (node._saved_groups,)
+        if node._saved_transposed:
+            raise ValueError("receptive_field cannot trace a transposed convolution")
+    elif "MaxPool2D" in name and "Adaptive" not in name:
+        shape, kernel = node._saved_self.shape, node._saved_kernel_size
+        rest = node._saved_stride or kernel, node._saved_padding, node._saved_dilation, (1,)
+    elif "AvgPool2D" in name and "Adaptive" not in name:
+        shape, kernel = node._saved_self.shape, node._saved_kernel_size
+        rest = node._saved_stride or kernel, node._saved_padding, (1,), (1,)
+    elif call is not None and ("Mean" in name or "AdaptiveMax" in name):  # how torch pools globally
+        shape = node._saved_self_sym_sizes if "Mean" in name else node._saved_self.shape
+        kernel, rest = shape[2:], ((1,), (0,), (1,), (1,))
+    elif "Adaptive" in name:
+        raise ValueError("receptive_field cannot trace adaptive pooling to more than one output")
+    else:
+        return None
+    sides = [tuple(shape[2:]), tuple(kernel), *map(tuple, rest)]
+    if any(len(set(side)) > 1 for side in sides):
+        raise ValueError(f"receptive_field traces square images and kernels; {call[0] if call else name} has {sides}")
+    return tuple(int(side[0]) for side in sides)
+
+
+def post_receptive_field(model, rows, images=None, path=None):
+    """What an output sees: the theoretical receptive field layer by layer, and beside it the effective one.
+
+    Args:
+        model: the network.
+        rows: what `receptive_field(model)` returned.
+        images: batch (N, 3, H, W) to average over, on the model's device; by default noise of a size that holds the
+            whole theoretical field. The effective field is the mean absolute gradient of the centre output of the last
+            layer before global pooling with respect to the input (Luo et al., NeurIPS 2016).
+        path: file to save the figure to.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: rows of another model.
+    """
+    model = unwrap(model)
+    rows = [row for row in rows if row.receptive_field is not None]
+    last = dict(model.named_modules()).get(rows[-1].name) if rows else None
+    if last is None:
+        raise ValueError("rows are not of this model; pass what receptive_field(model) returns")
+    parameter = next(model.parameters())
+    if images is None:
+        side = rows[-1].receptive_field + 2 * rows[-1].jump + 1
+        images = torch.randn(8, 3, side, side, generator=torch.Generator().manual_seed(0)).to(parameter.device)
+    images = images.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+    outputs = []
+    hook = last.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    try:
+        with evaluation_mode(model):
+            model(images)
+    finally:
+        hook.remove()
+    (output,) = outputs
+    centre = output.shape[-1] // 2
+    # A random sign for each channel, or the channels would cancel out.
+    signs = torch.randint(0, 2, output.shape[1:2], generator=torch.Generator().manual_seed(0)).mul(2).sub(1)
+    (gradient,) = torch.autograd.grad((output[:, :, centre, centre] * signs.to(output)).sum(), images)
+    field = gradient.abs().mean(dim=(0, 1)).cpu().numpy()
+
+    figure, (growth, effective) = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    growth.barh(range(len(rows)), [row.receptive_field for row in rows], color="tab:blue")
+    growth.set_yticks(range(len(rows)), [f"{row.name}  {row.kernel}x{row.kernel}" for row in rows], fontsize=8)
+    for position, row in enumerate(rows):
+        growth.text(row.receptive_field + 1, position, row.receptive_field, va="center", fontsize=8)
+    growth.invert_yaxis()
+    growth.set(xlabel="receptive field (pixels)", title="Theoretical receptive field, layer by layer")
+
+    shown = effective.imshow(field / field.max(), cmap="magma")
+    figure.colorbar(shown, ax=effective, label="mean absolute gradient (largest = 1)")
+    ys, xs = np.nonzero(field > 1e-5 * field.max())  # a GPU's convolutions leave rounding errors around it
+    left, top, width, height = xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1
+    boxes = [(left, top, width, height, "cyan", f"its whole extent, {width}x{height}")]
+    if min(width, height) > 32:
+        boxes.append((left + (width - 32) / 2, top + (height - 32) / 2, 32, 32, "white", "an image of 32x32 pixels"))
+    for x, y, width, height, color, label in boxes:
+        box = plt.Rectangle((x - 0.5, y - 0.5), width, height, fill=False, color=color, label=label)
+        effective.add_patch(box)
+    effective.legend(loc="lower right", facecolor="dimgray", labelcolor="white")
+    effective.set(
+        xlabel="x (pixels)",
+        ylabel="y (pixels)",
+        title=f"Effective receptive field of the centre output of {rows[-1].name}\n"
+        f"theoretical: {rows[-1].receptive_field}x{rows[-1].receptive_field}",
+    )
+    return save_figure(figure, path)
