@@ -9,7 +9,6 @@ import contextlib
 import os
 import time
 
-import devices  # noqa: F401
 from devices import autocast_dtype, best_device, keep_freed_memory, memory_format
 
 import matplotlib.pyplot as plt
