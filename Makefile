@@ -8,15 +8,17 @@ RUN_NOTEBOOK = code="$$($(BIN)/jupyter nbconvert --log-level=ERROR --to python -
 .PHONY: train demo test
 
 train: .venv/installed  ## the notebook in the terminal: 80 epochs on CIFAR-10, results in runs/s9-cifar10
-	$(RUN_NOTEBOOK)
+	@$(RUN_NOTEBOOK)
 
 demo: .venv/installed  ## the same on scikit-learn's digits: about a minute, no download, results in runs/s9-digits
-	export DATASET=digits; $(RUN_NOTEBOOK)
+	@export DATASET=digits; $(RUN_NOTEBOOK)
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -rs
 
 .venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, and $(PYTHON) \
+	is older; name another one, such as: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -r requirements.txt
 	touch $@

@@ -29,6 +29,13 @@ TUNED = {
     # cross_entropy applies log_softmax to the log-probabilities once more, which changes nothing.
     "loss": {"name": "cross_entropy", "label_smoothing": 0.1},
 }
+RESNET = TUNED | {
+    "model": "SeparableResNet",
+    "epochs": 8,
+    "batch_size": 128,
+    "transforms": {"flip": 0.5, "shift_scale_rotate": 0.1, "cutout": 0.1, "crop_padding": 4},
+    "optimizer": TUNED["optimizer"] | {"lr": 0.15},
+}
 RECIPES = {
     # The original course run.
     "s9": {
@@ -44,6 +51,9 @@ RECIPES = {
     "tuned": TUNED,
     # With shift_scale_rotate it was not tried at this length.
     "short": TUNED | {"epochs": 16, "transforms": TUNED["transforms"] | {"shift_scale_rotate": 0.0}},
+    # The second network; the longer it trains, the more augmentation it takes.
+    "resnet": RESNET | {"epochs": 64, "transforms": RESNET["transforms"] | {"shift_scale_rotate": 0.3, "cutout": 0.3}},
+    "resnet-quick": RESNET,
 }
 
 
@@ -73,21 +83,26 @@ def build_training(recipe, model, steps_per_epoch):
     return optimizer, get_scheduler(optimizer, **recipe["scheduler"], **length), get_loss(**recipe["loss"])
 
 
-def run_settings(recipe, loader, seed):
-    """A recipe, images and seed in the form that `Run.resume` records: {"optimizer lr": 0.2, ..., "seed": 4}.
+def flatten_recipe(recipe):
+    """A recipe as {"optimizer lr": 0.2, ...}, numbers and strings only.
 
     Raises:
         ValueError: a setting that no recipe has, such as a misspelt one.
     """
-    settings = {}
+    flat = {}
     for setting, value in recipe.items():
         if setting not in RECIPES["s9"]:
             raise ValueError(f"unknown setting {setting!r} in the recipe; there is {', '.join(RECIPES['s9'])}")
         for argument, given in value.items() if isinstance(value, dict) else [("", value)]:
             plain = given if isinstance(given, (int, float, str, type(None))) else repr(given)
-            settings[f"{setting} {argument}".strip()] = plain
+            flat[f"{setting} {argument}".strip()] = plain
+    return flat
+
+
+def run_settings(recipe, loader, seed):
+    """Recipe, images and seed in the form that `Run.resume` records."""
     data = loader.dataset
-    return settings | {
+    return flatten_recipe(recipe) | {
         "dataset": data.name,
         "images": len(data),
         "classes": "/".join(data.classes),  # which no name of a folder can hold

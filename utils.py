@@ -404,6 +404,8 @@ def post_accuracyplots(train_losses, test_losses, train_acc, test_acc, title="",
 
 def post_progress(run):
     """The epochs of a run so far: in a notebook a table and the curves, which grow in place, else a line per epoch."""
+    if rank() or not run.history:
+        return
     epochs = run.hyperparameters.get("epochs", len(run.history))
     left = (epochs - len(run.history)) * np.mean([row["seconds"] for row in run.history[-5:]]) / 60
     lines = [
@@ -412,8 +414,6 @@ def post_progress(run):
         f"lr {row['lr']:.4g}   {row['seconds']:.1f} s"
         for row in run.history
     ]
-    if rank():
-        return
     if not in_notebook():
         print(f"{lines[-1]}, {left:.0f} min left", flush=True)
         return

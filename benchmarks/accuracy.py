@@ -1,11 +1,12 @@
-"""How accurate: the recipes trained without a notebook at several seeds, and the table and plot that the README shows.
+"""How accurate: the recipes trained without a notebook at several seeds, and the tables and plot of RESULTS.md.
 
     python benchmarks/accuracy.py                                           # all recipes, of their length, three seeds
     python benchmarks/accuracy.py --recipes short --epochs 12               # on a schedule of 12 epochs
     python benchmarks/accuracy.py --recipes s9 tuned --ship-weights         # and renew weights/ from the first seed
+    python benchmarks/accuracy.py --seeds                                   # only the tables of the runs that there are
 
 A run that has a JSON in benchmarks/results/accuracy is not repeated; one that was interrupted goes on after its last
-epoch, from runs/accuracy. A figure is that of the last epoch, not of the best. How they were chosen: trials.py.
+epoch, from runs/accuracy. A figure is that of the last epoch, not of the best. How they were chosen: search.py.
 """
 
 import argparse
@@ -17,15 +18,16 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
+import devices  # noqa: F401
+
 import matplotlib.pyplot as plt
 import torch
 from speed import processor
 
 import utils
 from image_sets import load_images
-from models import Model
-from recipes import RECIPES
-from runs import write_atomically
+from output import save_figure, write_atomically
+from recipes import RECIPES, flatten_recipe
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
@@ -35,32 +37,27 @@ SPEED = ROOT / "benchmarks" / "results"
 
 def train_recipe(name, epochs, seed, device):
     """One run with the calls of the notebook; returns what is worth keeping of it."""
-    recipe = utils.get_recipe(name)
-    kwargs = {"batch_size": recipe["batch_size"]}
+    recipe = utils.get_recipe(name) | {"epochs": epochs}
+    options = {"batch_size": recipe["batch_size"]}
     transforms = utils.get_train_transforms(**recipe["transforms"])
-    class_to_idx, train_loader = utils.get_CIFARdataset_with_loader("train", kwargs, transforms=transforms)
-    _, test_loader = utils.get_CIFARdataset_with_loader("test", kwargs)
-    utils.seed_everything(seed)
-    model = Model(recipe["dropout"], len(class_to_idx)).to(device)
-    optimizer = utils.get_optimizer(model, **recipe["optimizer"])
-    schedule = {"epochs": epochs, "steps_per_epoch": len(train_loader)}
-    scheduler = utils.get_scheduler(optimizer, **recipe["scheduler"], **schedule)
-    criterion = utils.get_loss(**recipe["loss"])
+    class_to_idx, train_loader = utils.get_CIFARdataset_with_loader("train", options, transforms=transforms)
+    _, test_loader = utils.get_CIFARdataset_with_loader("test", options)
     data = train_loader.dataset
     run = utils.Run(run_name(name, epochs, seed, device.type), data=data.name, root=RUNS)
-    settings = utils.flatten_recipe(recipe | {"epochs": epochs})
-    settings |= {"dataset": data.name, "images": len(data), "seed": seed, "classes": ", ".join(class_to_idx)}
+    utils.seed_everything(seed)
+    model = utils.build_model(recipe, len(class_to_idx)).to(device)
+    optimizer, scheduler, criterion = utils.build_training(recipe, model, len(train_loader))
+    settings = utils.run_settings(recipe, train_loader, seed)
     train_losses, train_acc, test_losses, test_acc = run.resume(settings, model, optimizer, scheduler)
-    for _ in range(len(train_losses), epochs):
-        utils.train(model, device, train_loader, optimizer, criterion, train_losses, train_acc, scheduler)
-        utils.test(model, device, test_loader, criterion, test_losses, test_acc)
-        run.save(train_losses, train_acc, test_losses, test_acc)
+    with run:
+        for _ in range(len(train_losses), epochs):
+            utils.train(model, device, train_loader, optimizer, criterion, train_losses, train_acc, scheduler, False)
+            utils.test(model, device, test_loader, criterion, test_losses, test_acc, False)
+            run.save(train_losses, train_acc, test_losses, test_acc)
+            utils.post_progress(run)
     # The same images without augmentation: beside the test accuracy, it says how well the network generalises.
-    _, plain_loader = utils.get_CIFARdataset_with_loader(
-        "train", kwargs | {"shuffle": False}, transforms=utils.get_test_transforms()
-    )
-    plain_acc = []
-    utils.test(model, device, plain_loader, criterion, [], plain_acc)
+    data.transforms, plain_acc = utils.get_test_transforms(), []
+    utils.test(model, device, train_loader, criterion, test_acc=plain_acc)
     summary = json.loads((run / "run.json").read_text())
     with open(run / "history.csv") as file:
         history = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
@@ -104,32 +101,20 @@ def mean_and_spread(values):
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def first_reaching(result, accuracy):
-    """The epoch after which a run first has this test accuracy, or None."""
-    return next((int(row["epoch"]) for row in result["history"] if row["test_acc"] >= accuracy), None)
-
-
 def as_table(lines):
     return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
 
 
 def accuracy_table(groups):
-    """The README's table: a row a recipe and schedule, accuracies in % as mean ± standard deviation over the seeds."""
+    """A row per recipe and schedule, accuracies in % as mean ± standard deviation over the seeds."""
     milestones = (10, 20, 40)
-    baseline = groups.get(("s9", 80), [])
-    goal = statistics.mean(result["test_accuracy_percent"] for result in baseline) if baseline else None
     head = ["recipe", "epochs", "seeds", *(f"after epoch {epoch}" for epoch in milestones), "last", "training images"]
-    lines = [[*head, "as good as s9 at its end"]]
+    lines = [head]
     for (recipe, epochs), results in groups.items():
-        reached = [first_reaching(result, goal) for result in results] if goal else []
-        if reached and None not in reached:
-            when = f"epoch {statistics.mean(reached):.0f}"
-        else:
-            when = f"{sum(epoch is not None for epoch in reached)} of {len(results)} do" if reached else ""
         accuracies = [[accuracy_after(r, e) for r in results] if e < epochs else [] for e in milestones]
         accuracies += [[r[f"{kind}_accuracy_percent"] for r in results] for kind in ("test", "unaugmented_train")]
         seeds = ", ".join(str(seed) for seed in sorted(r["seed"] for r in results))
-        lines.append([recipe, str(epochs), seeds, *map(mean_and_spread, accuracies), when])
+        lines.append([recipe, str(epochs), seeds, *map(mean_and_spread, accuracies)])
     return as_table(lines)
 
 
@@ -140,23 +125,20 @@ def machine(result):
 
 
 def time_table(groups):
-    """The README's table of times: a row a machine, mean minutes a run.
-
-    In brackets, how many times as long the plain loop takes there for 80 epochs; the last column says how long.
-    """
+    """A row per machine: mean minutes of a run, and how many times as fast it is as the plain loop's 80 epochs."""
     machines = {}
     for results in groups.values():
         for result in results:
             machines.setdefault(machine(result), []).append(result)
-    lines = [["minutes on", *(f"{recipe}, {epochs} epochs" for recipe, epochs in groups), "plain loop, 80 epochs"]]
+    lines = [["machine", *(f"{recipe}, {epochs} epochs" for recipe, epochs in groups), "plain loop, 80 epochs of S9"]]
     for name, results in sorted(machines.items()):
         plain = plain_loop_minutes(results[0])
         cells = []
         for group in groups:
             taken = [minutes(r) for r in results if (r["recipe"], r["epochs"]) == group]
-            mean = statistics.mean(taken) if taken else None
-            cells.append("" if mean is None else f"{mean:.0f}" + (f" ({plain / mean:.1f})" if plain else ""))
-        lines.append([name, *cells, f"{plain:.0f}" if plain else ""])
+            faster = f", {plain / statistics.mean(taken):.1f} times as fast" if taken and plain else ""
+            cells.append(f"{statistics.mean(taken):.0f} minutes{faster}" if taken else "")
+        lines.append([name, *cells, f"{plain:.0f} minutes" if plain else ""])
     return as_table(lines)
 
 
@@ -196,7 +178,7 @@ def plot(groups, path):
     axis.set_title(f"Test accuracy on the {names}, mean and range over the seeds")
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def ship_weights(recipe, seed, device):
@@ -219,12 +201,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--epochs", type=int, help="by default the recipe's own")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[4, 5, 6])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[4, 5, 6])
     parser.add_argument("--ship-weights", action="store_true", help="copy the first seed's weights to weights/")
     arguments = parser.parse_args()
     if arguments.epochs is not None and (arguments.epochs < 1 or arguments.ship_weights):
         parser.error("--epochs must be at least 1, and only weights trained for the recipe's own number are shipped")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = utils.best_device()
     data = load_images("cifar10", "test").name
     RESULTS.mkdir(parents=True, exist_ok=True)
     for seed in arguments.seeds:
@@ -233,7 +215,7 @@ def main():
             path = RESULTS / f"{run_name(recipe, epochs, seed, device.type)}.json"
             if path.exists():
                 trained_with = json.loads(path.read_text())["hyperparameters"]
-                asked_for = utils.flatten_recipe(RECIPES[recipe]) | {"epochs": epochs, "dataset": data}
+                asked_for = flatten_recipe(RECIPES[recipe]) | {"epochs": epochs, "dataset": data}
                 if changed := [key for key, value in asked_for.items() if trained_with.get(key) != value]:
                     sys.exit(f"{path} is of a run with another {', '.join(changed)}; delete it to train again")
             else:
@@ -242,7 +224,8 @@ def main():
             if arguments.ship_weights and seed == arguments.seeds[0]:
                 ship_weights(recipe, seed, device.type)
 
-    groups = read_results(device.type, data)
+    if not (groups := read_results(device.type, data)):
+        sys.exit(f"no results on {data} with {device.type} yet")
     versions = {result["versions"]["torch"] for results in groups.values() for result in results}
     print(f"\n{data}; torch {', '.join(sorted(versions))}\n\n{accuracy_table(groups)}\n\n{time_table(groups)}")
     plot(groups, ROOT / "figures" / f"accuracy-{device.type}.png")

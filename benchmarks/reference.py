@@ -1,20 +1,16 @@
 """The plain PyTorch loop that this project's speed and accuracy are measured against, as a course would write it.
 
-One `Compose` call an image in a `Dataset`, as many loader workers as cores, float32, NCHW, the layers of torch.nn, and
-`.item()` at every step. Same network, same transforms, same images.
+One `Compose` call per image in a `Dataset`, as many loader workers as cores, float32, NCHW, and `.item()` at every
+step. Same network, same transforms, same images.
 """
 
 import os
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from layers import Conv2d, Dropout
-from models import Model
-from utils import get_test_transforms, get_train_transforms
+from augment import get_test_transforms, get_train_transforms
 
 
 class ImageDataset(Dataset):
@@ -34,53 +30,42 @@ def seed_worker(_):
     dataset.transforms.set_random_seed(torch.initial_seed() % 2**32)
 
 
-def get_loaders(train_set, test_set, device, batch_size=256):
+def get_loaders(train_set, test_set, device, batch_size=256, transforms=None):
     options = dict(
         batch_size=batch_size,
         num_workers=os.cpu_count(),
         pin_memory=device.type == "cuda",
         worker_init_fn=seed_worker,
     )
-    train_data = ImageDataset(train_set.images, train_set.labels, get_train_transforms())
+    train_data = ImageDataset(train_set.images, train_set.labels, transforms or get_train_transforms())
     test_data = ImageDataset(test_set.images, test_set.labels, get_test_transforms())
     return DataLoader(train_data, shuffle=True, **options), DataLoader(test_data, shuffle=False, **options)
 
 
-def get_model(dropout_value=0.05):
-    """The S9 network built of torch.nn's own layers."""
-    model = Model(dropout_value)
-    for module in model.modules():
-        if isinstance(module, Conv2d):
-            module.__class__ = nn.Conv2d
-        elif isinstance(module, Dropout):
-            module.__class__ = nn.Dropout
-        elif isinstance(module, nn.ReLU):
-            module.inplace = False
-    return model
-
-
-def train_step(model, optimizer, images, labels):
+def train_step(model, optimizer, criterion, images, labels):
     optimizer.zero_grad()
     predictions = model(images)
-    loss = F.nll_loss(predictions, labels)
+    loss = criterion(predictions, labels)
     loss.backward()
     optimizer.step()
     correct = predictions.argmax(dim=1).eq(labels).sum().item()
     return loss.item() * len(labels), correct
 
 
-def train(model, device, loader, optimizer):
-    """One epoch; mean loss and accuracy in %."""
+def train(model, device, loader, optimizer, criterion, scheduler=None):
+    """One epoch; mean loss and accuracy in %. The scheduler is stepped after every batch."""
     model.train()
     loss_sum = correct = seen = 0
     for images, labels in (bar := tqdm(loader, disable=None)):
-        loss, hits = train_step(model, optimizer, images.to(device), labels.to(device))
+        loss, hits = train_step(model, optimizer, criterion, images.to(device), labels.to(device))
+        if scheduler is not None:
+            scheduler.step()
         loss_sum, correct, seen = loss_sum + loss, correct + hits, seen + len(labels)
         bar.set_description(f"loss {loss_sum / seen:.4f} accuracy {100 * correct / seen:.2f}")
     return loss_sum / seen, 100 * correct / seen
 
 
-def test(model, device, loader):
+def test(model, device, loader, criterion):
     """Mean loss and accuracy in %."""
     model.eval()
     loss_sum = correct = seen = 0
@@ -88,7 +73,7 @@ def test(model, device, loader):
         for images, labels in loader:
             images, labels = images.to(device), labels.to(device)
             predictions = model(images)
-            loss_sum += F.nll_loss(predictions, labels, reduction="sum").item()
+            loss_sum += criterion(predictions, labels).item() * len(labels)
             correct += predictions.argmax(dim=1).eq(labels).sum().item()
             seen += len(labels)
     return loss_sum / seen, 100 * correct / seen

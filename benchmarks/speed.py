@@ -4,7 +4,7 @@
     python benchmarks/speed.py --train-images 50000 --test-images 10000 --repeats 3     # whole epochs, for a GPU
 
 The variants take turns, each in a process of its own, so that a noisy machine disturbs them alike, and the median
-counts. Prints the tables of the README and writes benchmarks/results/speed-<processor>-<type computed in>.json. Needs
+counts. Prints the table of RESULTS.md and writes benchmarks/results/speed-<processor>-<type computed in>.json. Needs
 Linux, which says how much memory a process has had at most; loader workers are processes of their own.
 """
 
@@ -25,17 +25,22 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
+import devices  # noqa: F401
+
 import reference
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import utils
 from augment import ImageBatches, SeededSampler, as_batch
 from image_sets import load_images
-from models import Model
+from models import Model, SeparableResNet
+from output import write_atomically
 
 BATCH_SIZE = 256
+RESULTS = pathlib.Path(__file__).parent / "results"
 FIRST_BATCH = """
 import utils, models
 _, loader = utils.get_CIFARdataset_with_loader("train", {"batch_size": 256})
@@ -130,23 +135,23 @@ class ReadyBatches(list):
 def measure_step(variant, device, train_set, test_set):
     """Training steps on tensors that are on the device already.
 
-    "limit" is this project's step without dropout, "compiled", on a GPU, the one through torch.compile; "first_seconds"
-    is what the unmeasured round takes, in which it is compiled.
+    "limit" is this project's step without dropout, "resnet" that of SeparableResNet, "compiled", on a GPU, the one
+    through torch.compile; "first_seconds" is what the unmeasured round takes, in which it is compiled.
     """
     steps = 100 if device.type == "cuda" else 8
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(BATCH_SIZE, 3, 32, 32, generator=generator).to(device)
     labels = torch.randint(0, 10, (BATCH_SIZE,), generator=generator).to(device)
     if variant == "reference":
-        model = reference.get_model().to(device).train()
+        model = Model(0.05).to(device).train()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
         def run():
             for _ in range(steps):
-                reference.train_step(model, optimizer, images, labels)
+                reference.train_step(model, optimizer, F.nll_loss, images, labels)
     else:
-        batches = ReadyBatches([(images.to(memory_format=torch.channels_last), labels)] * steps)
-        model = Model(0 if variant == "limit" else 0.05).to(device)
+        batches = ReadyBatches([(images, labels)] * steps)
+        model = {"limit": Model(0), "resnet": SeparableResNet()}.get(variant, Model(0.05)).to(device)
         optimizer = utils.get_optimizer(model, lr=0.05)
         model = torch.compile(model) if variant == "compiled" else model
         run = functools.partial(utils.train, model, device, batches, optimizer, utils.get_loss(), [], [])
@@ -158,12 +163,12 @@ def measure_epoch(variant, device, train_set, test_set):
     """An epoch of training and a test."""
     if variant == "reference":
         train_loader, test_loader = reference.get_loaders(train_set, test_set, device, BATCH_SIZE)
-        model = reference.get_model().to(device)
+        model = Model(0.05).to(device)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
         def run():
-            reference.train(model, device, train_loader, optimizer)
-            reference.test(model, device, test_loader)
+            reference.train(model, device, train_loader, optimizer, F.nll_loss)
+            reference.test(model, device, test_loader, F.nll_loss)
     else:
         train_loader = Waiting(fast_loader(train_set, utils.get_train_transforms(), shuffle=True))
         test_loader = Waiting(fast_loader(test_set, utils.get_test_transforms(), shuffle=False))
@@ -186,13 +191,24 @@ def measure_epoch(variant, device, train_set, test_set):
     return {"seconds": seconds, "waiting_share": waited / seconds, "peak_megabytes": peak}
 
 
-MEASUREMENTS = {"loading": measure_loading, "step": measure_step, "epoch": measure_epoch}
+def measure_busy_step(*arguments):
+    """`measure_step` beside another program that keeps one core busy."""
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        return measure_step(*arguments)
+    finally:
+        busy.kill()
 
 
-def in_a_process(*arguments):
+MEASUREMENTS = {"loading": measure_loading, "step": measure_step, "busy": measure_busy_step, "epoch": measure_epoch}
+
+
+def in_a_process(*arguments, variant="ours"):
     """What a run of this file, or of a piece of code, prints last, as JSON."""
     # Every process compiles anew, or only the first would say how long it takes.
     environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    if variant == "reference":
+        environment["GOMP_SPINCOUNT"] = "300000"  # libgomp's own, which devices.py would lower
     done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -205,10 +221,11 @@ def take_turns(what, variants, repeats, sizes):
     rounds = {variant: [] for variant in variants}
     for _ in range(repeats):
         for variant in variants:
-            rounds[variant].append(in_a_process(__file__, *sizes, "--measure", what, variant))
+            measured = in_a_process(__file__, *sizes, "--measure", what, variant, variant=variant)
+            rounds[variant].append(measured)
     return {
-        variant: {quantity: statistics.median(one[quantity] for one in measured) for quantity in measured[0]}
-        for variant, measured in rounds.items()
+        variant: {quantity: statistics.median(one[quantity] for one in results) for quantity in results[0]}
+        for variant, results in rounds.items()
     }
 
 
@@ -251,9 +268,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train-images", type=int, default=10_000)
     parser.add_argument("--test-images", type=int, default=2_000)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="0 only prints the results that there are")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # in a child: which measurement, which variant
     arguments = parser.parse_args()
+    if not arguments.repeats:
+        return print_table()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     train_set = first(load_images("cifar10", "train"), arguments.train_images)
@@ -266,7 +285,8 @@ def main():
     sizes = [f"--train-images={arguments.train_images}", f"--test-images={arguments.test_images}"]
     both, compiled = ["reference", "ours"], ["compiled"] if device.type == "cuda" else []
     loading = take_turns("loading", both, arguments.repeats, sizes)
-    steps = take_turns("step", [*both, "limit", *compiled], arguments.repeats, sizes)
+    steps = take_turns("step", [*both, "limit", "resnet", *compiled], arguments.repeats, sizes)
+    busy = take_turns("busy", both, arguments.repeats, sizes)
     epochs = take_turns("epoch", both, max(1, arguments.repeats // 2), sizes)
     dtype = utils.autocast_dtype(device)
     matrix = best_matrix_product(device, dtype)
@@ -274,7 +294,9 @@ def main():
     clock = f"import sys, time; start = time.perf_counter(); sys.path.insert(0, {root!r})\n{FIRST_BATCH}"
     start_up = statistics.median(in_a_process("-c", clock + "print(time.perf_counter() - start)") for _ in range(3))
 
-    loading, step = ({name: row["images_per_second"] for name, row in rows.items()} for rows in (loading, steps))
+    loading, step, busy = (
+        {name: row["images_per_second"] for name, row in rows.items()} for rows in (loading, steps, busy)
+    )
     seconds, memory = ({name: row[key] for name, row in epochs.items()} for key in ("seconds", "peak_megabytes"))
     result = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
@@ -286,6 +308,7 @@ def main():
         "test_images": len(test_set.labels),
         "data_path_images_per_second_and_core": loading,
         "step_images_per_second": step,
+        "step_beside_a_busy_core_images_per_second": busy,
         "epoch_seconds": seconds,
         "share_of_epoch_waiting_for_data": epochs["ours"]["waiting_share"],
         "step_flops_per_second": step["ours"] * flops_per_image(),
@@ -295,30 +318,49 @@ def main():
         "seconds_of_compiling": steps["compiled"]["first_seconds"] if compiled else None,
     }
     name = re.sub(r"\W+", "-", f"speed {result['device']} {str(dtype).removeprefix('torch.')}".lower())
-    path = pathlib.Path(__file__).parent / "results" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    utils.write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+    write_atomically(RESULTS / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
 
-    rate = {name: (len(train_set.labels) + len(test_set.labels)) / value for name, value in seconds.items()}
-    print("\n" + ", ".join(str(result[key]) for key in ("device", "threads", "torch", "type", "data")) + "\n")
-    print("| | plain loop | this project | ratio | limit | share of the limit |\n| --- | --- | --- | --- | --- | --- |")
-    for name, row in (
-        ("data path, images/s and core", loading),
-        ("training step on ready tensors, images/s", step),
-        ("epoch with testing, images/s", rate),
-    ):
-        limit = f"{row['limit']:,.0f} | {row['ours'] / row['limit']:.0%}" if "limit" in row else "| "
-        ratio = row["ours"] / row["reference"]
-        print(f"| {name} | {row['reference']:,.0f} | {row['ours']:,.0f} | {ratio:.1f}x | {limit} |")
-    print(f"| peak resident memory, MB | {memory['reference']:,.0f} | {memory['ours']:,.0f} | | | |\n")
-    at_most = " (at most: a GPU still works through what it was given)" if device.type == "cuda" else ""
-    print(f"share of an epoch that waits for data: {result['share_of_epoch_waiting_for_data']:.1%}{at_most}")
-    print(f"import to first batch, data cached: {start_up:.1f} s")
-    if compiled:
-        seconds_of_compiling = result["seconds_of_compiling"]
-        print(f"step through torch.compile: {step['compiled']:,.0f} images/s, after {seconds_of_compiling:.0f} s")
-    share = result["step_flops_per_second"] / matrix
-    print(f"step: {result['step_flops_per_second'] / 1e9:,.0f} GFLOP/s, {share:.0%} of the best matrix product")
+    print_table()
+
+
+def print_table():
+    """The results of all machines side by side; in brackets, how many times the plain loop's a figure is."""
+
+    def compared(key, rates=lambda result, value: value):
+        def cell(result):
+            if key not in result:  # of before it was measured
+                return ""
+            ours, plain = (rates(result, result[key][variant]) for variant in ("ours", "reference"))
+            return f"{ours:,.0f} ({ours / plain:.1f})"
+
+        return cell
+
+    def epoch_rate(result, seconds):
+        return (result["train_images"] + result["test_images"]) / seconds
+
+    rows = {
+        "computes in": lambda r: r["type"].removeprefix("torch."),
+        "torch": lambda r: r["torch"],
+        "images": lambda r: r["data"],
+        "data path, images/s and core": compared("data_path_images_per_second_and_core"),
+        "training step on ready tensors, images/s": compared("step_images_per_second"),
+        "the same beside a busy core, images/s": compared("step_beside_a_busy_core_images_per_second"),
+        "epoch with testing, images/s": compared("epoch_seconds", epoch_rate),
+        "the plain loop's epoch, images/s": lambda r: f"{epoch_rate(r, r['epoch_seconds']['reference']):,.0f}",
+        "share of the epoch that waits for data": lambda r: f"{r['share_of_epoch_waiting_for_data']:.1%}",
+        "peak resident memory, MB (times the plain loop's)": compared("peak_resident_megabytes"),
+        "from import to the first batch, s": lambda r: f"{r['seconds_from_import_to_first_batch']:.1f}",
+        "the step without dropout, images/s": lambda r: f"{r['step_images_per_second']['limit']:,.0f}",
+        "the step of SeparableResNet, images/s": lambda r: f"{r['step_images_per_second'].get('resnet', 0):,.0f}",
+        "the step's share of the best matrix product's FLOP/s": lambda r: (
+            f"{r['step_flops_per_second'] / r['best_matrix_product_flops_per_second']:.0%}"
+        ),
+    }
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("speed-*.json"))]
+    print("\n| | " + " | ".join(result["device"] for result in results) + " |")
+    print("|" + " --- |" * (1 + len(results)))
+    for name, cell in rows.items():
+        print(f"| {name} | " + " | ".join(map(cell, results)) + " |")
 
 
 if __name__ == "__main__":
