@@ -23,6 +23,9 @@ from output import progress_bar, write_atomically
 DATASETS = ("cifar10", "digits")
 SPLITS = ("train", "test")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+OTHER_SUFFIXES = tuple(  # of images as well, but they are not read
+    ".arw .avif .bmp .cr2 .cr3 .dng .gif .heic .heif .jfif .jp2 .jpe .nef .pgm .ppm .psd .svg .tga .tif .tiff".split()
+)
 FORMATS = ("PNG", "JPEG", "WEBP")  # not all of Pillow's: some of its readers start other programs
 IMAGE_SIZE = 32
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -47,7 +50,8 @@ def load_images(dataset, split, root=None):
     "cifar10" is the first of these that exists:
 
     1. a folder of images, `<root>/train/<class>/*.png|jpg|jpeg|webp` and `<root>/test/<class>/*`, any classes; it is
-       decoded once and cached as `<root>/.train-32px.npz` and `<root>/.test-32px.npz`
+       decoded once and cached as `<root>/.train-32px.npz` and `<root>/.test-32px.npz`; files that are no images are
+       passed over
     2. the official batches, `<root>/cifar-10-batches-py`
     3. the official archive, `<root>/cifar-10-python.tar.gz`, which is unpacked
     4. the official archive, downloaded
@@ -103,9 +107,20 @@ def split_validation(labels, per_class=500):
     Args:
         labels: int64 (N,), as `loader.dataset.labels`.
         per_class: how many images of each class are held out.
+
+    Raises:
+        ValueError: a class has no more images than that.
     """
+    labels = np.asarray(labels)
+    classes, counts = np.unique(labels, return_counts=True)
+    if per_class >= counts.min():
+        label, count = classes[counts.argmin()], counts.min()
+        raise ValueError(
+            f"per_class is {per_class}, but class {label} has {count} images and some must remain to train on; "
+            "hold out fewer"
+        )
     order = np.random.default_rng(0).permutation(len(labels))
-    held_out = np.concatenate([order[labels[order] == label][:per_class] for label in np.unique(labels)])
+    held_out = np.concatenate([order[labels[order] == label][:per_class] for label in classes])
     return np.setdiff1d(order, held_out).tolist(), np.sort(held_out).tolist()
 
 
@@ -113,22 +128,22 @@ def split_validation(labels, per_class=500):
 
 
 def _misplaced(root):
-    """The folders of root, if each looks like somebody's own images, which belong into train and test."""
+    """What lies in root, if all of it looks like somebody's own images, which belong into train and test."""
     try:
         entries = _scan(root)
-        folders = [entry for entry in entries if entry.is_dir()]
+        found = [entry for entry in entries if entry.is_dir() or _is_image(entry.name)]
         images = [
-            folder.name.lower() in SPLITS or any(entry.name.lower().endswith(SUFFIXES) for entry in _scan(folder))
-            for folder in folders
+            not entry.is_dir() or entry.name.lower() in SPLITS or any(_is_image(inner.name) for inner in _scan(entry))
+            for entry in found
         ]
     except OSError:  # no root yet, or one that holds what is nobody's business here
         return []
     official = any(entry.name.startswith("cifar-10") for entry in entries)
-    return [folder.name for folder in folders] if all(images) and not official else []
+    return [entry.name for entry in found] if all(images) and not official else []
 
 
 def _load_folder(root, split):
-    classes = _list_classes(root)
+    classes = _list_classes(root, split)
     files, labels, fingerprint = _list_images(root / split, classes)
     names = tuple(classes)
     cache = root / f".{split}-{IMAGE_SIZE}px.npz"
@@ -144,19 +159,25 @@ def _load_folder(root, split):
     return ImageSet(images, labels, names, root.resolve().name, f"image folder {root / split}")
 
 
-def _list_classes(root):
-    """{class: its folder in each split} by the sorted folder names of train, once test is known to have the same.
+def _list_classes(root, split):
+    """{class: its folder in split}, sorted by class, once train and test are known to have the same classes.
 
     One name can be spelt in two ways of Unicode, as when a Mac has written one of the folders.
     """
     folders = {}
-    for split in SPLITS:
-        entries = _scan(root / split) if (root / split).is_dir() else []
-        found = [entry for entry in entries if entry.is_dir()]
+    for part in SPLITS:
+        found = [entry.name for entry in _scan(root / part) if entry.is_dir()] if (root / part).is_dir() else []
         if not found:
-            raise ValueError(f"no images in {root / split}: expected {root / split}/<class>/<name>.png or .jpg")
-        _pass_over(root / split, [entry.name for entry in entries if not entry.is_dir()])
-        folders[split] = {unicodedata.normalize("NFC", entry.name): entry.name for entry in found}
+            raise ValueError(
+                f"no images in class folders of {root / part}: expected {root / part}/<class>/<name>.png or .jpg"
+            )
+        names = [unicodedata.normalize("NFC", name) for name in found]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"{root / part} has two folders for {_some(twice)}, spelt in two ways of Unicode that look alike; "
+                "move the images of one into the other and delete it"
+            )
+        folders[part] = dict(zip(names, found))
     train, test = folders.values()
     missing = [name for name in train if name not in test]
     extra = [name for name in test if name not in train]
@@ -165,29 +186,18 @@ def _list_classes(root):
             f"{root / 'test'} must have the classes of {root / 'train'}: missing {_some(missing) or 'none'}, "
             f"extra {_some(extra) or 'none'}; add, rename or delete folders until they agree"
         )
-    return {name: {split: folders[split][name] for split in SPLITS} for name in sorted(train)}
-
-
-def _pass_over(folder, files):
-    """Name in one line the files that are no images, unless some were meant to be."""
-    meant = [name for name in files if Path(name).suffix.lower() in Image.registered_extensions()]
-    if meant:
-        raise ValueError(
-            f"{_some(meant)} in {folder}: images go into the folder of a class, as {', '.join(SUFFIXES)}; move or "
-            "convert them"
-        )
-    if files:
-        print(f"{folder}: passed over {_some(files)}")
+    return {name: folders[split][name] for name in sorted(train)}
 
 
 def _list_images(folder, classes):
     """File names below folder in (class, name) order, labels int64 (N,), and a hash that changes with any file."""
-    files, labels, others, empty = [], [], [], []
+    files, labels, empty = [], [], []
+    others = [entry.name for entry in _scan(folder) if not entry.is_dir()]
     fingerprint = hashlib.sha256()
-    for label, (name, folders) in enumerate(classes.items()):
+    for label, (name, class_folder) in enumerate(classes.items()):
         before = len(files)
-        for entry in _scan(folder / folders[folder.name]):
-            file = f"{folders[folder.name]}/{entry.name}"
+        for entry in _scan(folder / class_folder):
+            file = f"{class_folder}/{entry.name}"
             if entry.is_dir():
                 raise ValueError(f"{file} in {folder} is a folder; only images may be there, so move it away")
             if not entry.name.lower().endswith(SUFFIXES):
@@ -199,10 +209,20 @@ def _list_images(folder, classes):
             fingerprint.update(os.fsencode(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n"))
         if len(files) == before:
             empty.append(name)
-    _pass_over(folder, others)
+    if meant := [file for file in others if _is_image(file)]:
+        raise ValueError(
+            f"{_some(meant)} in {folder}: images must be in {folder}/<class>/ and end in {', '.join(SUFFIXES)}; "
+            "move or convert them"
+        )
+    if others:
+        print(f"{folder}: passed over {_some(others)}")
     if empty:
         raise ValueError(f"no images in {_some(empty)} of {folder}: add some, or delete the class from train and test")
     return files, np.array(labels, dtype=np.int64), fingerprint.hexdigest()
+
+
+def _is_image(name):
+    return name.lower().endswith(SUFFIXES + OTHER_SUFFIXES)
 
 
 def _scan(folder):
