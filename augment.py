@@ -19,7 +19,7 @@ from albumentations.pytorch import ToTensorV2
 from torch.utils.data import Dataset, Sampler
 
 from image_sets import CIFAR10_MEAN, CIFAR10_STD
-from parallel import rank
+from parallel import rank, world_size
 
 
 class ShiftScaleRotate(A.ImageOnlyTransform):
@@ -243,6 +243,7 @@ class ImageBatches(Dataset):
     # torchvision's names of the same
     data = property(lambda self: self.images, lambda self, images: setattr(self, "images", images))
     targets = property(lambda self: self.labels, lambda self, labels: setattr(self, "labels", labels))
+    transform = property(lambda self: self.transforms, lambda self, given: setattr(self, "transforms", given))
 
     @property
     def class_to_idx(self):
@@ -276,6 +277,22 @@ class Batch(Sequence):
         return self.images[index], int(self.labels[index])
 
 
+class InOrder(Sampler):
+    """The indices of a data set, of which each process of a `torchrun` takes its share."""
+
+    def __init__(self, data_source):
+        self.data_source = data_source
+
+    def _indices(self):  # of as many images as there are now
+        return range(rank(), len(self.data_source), world_size())
+
+    def __len__(self):
+        return len(self._indices())
+
+    def __iter__(self):
+        return iter(self._indices())
+
+
 class SeededSampler(Sampler):
     """Yields (index, seeds): what another sampler yields, and what its augmentations are drawn from.
 
@@ -291,6 +308,12 @@ class SeededSampler(Sampler):
         if name.startswith("_"):  # of an object that is being unpickled, say
             raise AttributeError(name)
         return getattr(self._sampler, name)
+
+    def __setattr__(self, name, value):
+        if name.startswith("_"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._sampler, name, value)
 
     def __len__(self):
         return len(self._sampler)

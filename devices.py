@@ -35,24 +35,25 @@ def autocast_dtype(device):
     return torch.float32
 
 
-# The files of torch.nn.modules whose layers take images in any layout.
+# The files of torch.nn.modules whose layers take images in any layout; those for volumes do not.
 ANY_LAYOUT = ("activation", "batchnorm", "container", "conv", "dropout", "linear", "normalization", "pooling")
 
 
 def memory_format(model, device):
     """The layout for the model's images: channels_last, which has the faster kernels, if nothing can mind it.
 
-    A `view` of an activation fails in it, in a forward or in a hook. So no module may have hooks, and each has to be a
-    layer of torch or of a class that says `channels_last = True`. Not on Apple's GPUs, where it makes the gradients of
-    batch normalisation wrong (pytorch issue 175189).
+    A `view` of an activation fails in it, in a forward or in a hook. So no module may have hooks or a forward of its
+    own, and each has to be a layer of torch or of a class that says `channels_last = True`. Not on Apple's GPUs, where
+    it makes the gradients of batch normalisation wrong (pytorch issue 175189).
     """
-    if device.type == "mps":
+    if device.type == "mps" or nn.modules.module._has_any_global_hook():
         return torch.contiguous_format
     for module in model.modules():
         package, _, file = type(module).__module__.rpartition(".")
-        of_torch = (package == "torch.nn.modules" and file in ANY_LAYOUT) or type(module) is nn.Flatten
-        hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-        if hooks or not (of_torch or vars(type(module)).get("channels_last")):
+        of_torch = package == "torch.nn.modules" and file in ANY_LAYOUT and "3d" not in type(module).__name__
+        known = of_torch or type(module) is nn.Flatten or vars(type(module)).get("channels_last")
+        hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+        if not known or "forward" in vars(module) or any(getattr(module, kind) for kind in hooks):
             return torch.contiguous_format
     return torch.channels_last
 

@@ -110,6 +110,8 @@ def report(what, split, loss, accuracy, seconds, loader):
 
 def check_lists(losses, accuracies):
     """Lists of losses and of accuracies in % that were given in each other's place, as their last values betray."""
+    if any(values is other for values in losses for other in accuracies):
+        raise ValueError("losses and accuracies are one list; make two, as `losses = accuracies = []` does not")
     if any(values and values[-1] > 10 for values in losses) and any(values and values[-1] < 5 for values in accuracies):
         raise ValueError(
             f"the lists of losses end in {[values[-1] for values in losses if values]} and those of accuracies in "
@@ -120,8 +122,8 @@ def check_lists(losses, accuracies):
 
 def check_criterion(criterion):
     """The criterion gives the mean over a batch, as the means of an epoch take for granted."""
-    options = criterion.keywords if isinstance(criterion, functools.partial) else vars(criterion)
-    if (reduction := options.get("reduction", "mean")) != "mean":
+    options = criterion.keywords if isinstance(criterion, functools.partial) else {}
+    if (reduction := options.get("reduction", getattr(criterion, "reduction", "mean"))) != "mean":
         raise ValueError(f"the criterion's reduction is {reduction!r}; it must be the 'mean' over a batch")
 
 
@@ -142,30 +144,46 @@ def check_optimizer(model, optimizer, criterion):
     warnings.warn(f"the optimizer does not have {names}, which will not be trained", stacklevel=3)
 
 
-def check_scheduler(scheduler, loader):
-    """The scheduler, if there is one, counts batches and nobody else steps it."""
+def steps_taken(scheduler):
+    """How often a scheduler was stepped; None of one that does not count."""
+    parts = getattr(scheduler, "_schedulers", [])  # a ChainedScheduler leaves counting to them
+    return getattr(scheduler, "last_epoch", getattr(parts[0], "last_epoch", None) if parts else None)
+
+
+def check_scheduler(scheduler, optimizer, loader):
+    """The scheduler, if there is one, counts the batches of this optimizer, and nobody else steps it."""
+    batches = operator.length_hint(loader)  # 0 where the loader does not know
     if scheduler is None:
+        forgotten = getattr(optimizer, "batch_scheduler", None)
+        if forgotten is not None and batches > 1 and not hasattr(forgotten, "stepped_to"):
+            raise ValueError(
+                f"the optimizer's {type(forgotten).__name__} counts batches, and train was not given it: "
+                "train(..., scheduler=scheduler). One to be stepped after each epoch is made without steps_per_epoch"
+            )
         return
-    batches = operator.length_hint(loader)
-    made_for = getattr(scheduler, "steps_per_epoch", batches)
-    if isinstance(scheduler, optim.lr_scheduler.ReduceLROnPlateau) or (made_for == 1 and batches > 1):
+    if getattr(scheduler, "optimizer", optimizer).param_groups is not optimizer.param_groups:
+        raise ValueError("the scheduler is of another optimizer, whose learning rate it would set; make it again")
+    parts = [scheduler, *getattr(scheduler, "_schedulers", [])]  # of a SequentialLR, say
+    made_for = {part.steps_per_epoch for part in parts if hasattr(part, "steps_per_epoch")}
+    if isinstance(scheduler, optim.lr_scheduler.ReduceLROnPlateau) or (1 in made_for and batches != 1):
         raise ValueError(
             f"train steps its scheduler after every batch, and this {type(scheduler).__name__} counts epochs. Call "
             "train without it and step it after each epoch, or make it with "
             "get_scheduler(..., steps_per_epoch=len(train_loader))"
         )
-    if made_for != batches:
+    if batches and made_for - {batches}:
         raise ValueError(
-            f"the scheduler was made for {made_for} batches per epoch and the loader has {batches}; make it with "
+            f"the scheduler was made for {max(made_for)} batches per epoch and the loader has {batches}; make it with "
             "get_scheduler(..., steps_per_epoch=len(train_loader))"
         )
-    left = getattr(scheduler, "total_steps", math.inf) - scheduler.last_epoch
+    steps = steps_taken(scheduler)
+    left = scheduler.total_steps - steps if hasattr(scheduler, "total_steps") else math.inf
     if left < batches:
         raise ValueError(
             f"the scheduler has {left} steps left and the epoch takes {batches}; it was made for fewer epochs, or for "
             "epochs instead of batches: get_scheduler(..., epochs=EPOCHS, steps_per_epoch=len(train_loader))"
         )
-    if scheduler.last_epoch != getattr(scheduler, "stepped_to", scheduler.last_epoch):
+    if steps != getattr(scheduler, "stepped_to", steps):
         raise ValueError(
             "train steps this scheduler after every batch, and it was stepped once more since the last epoch; take "
             "scheduler.step() out of the loop, or do not give the scheduler to train"
@@ -180,43 +198,25 @@ def checked_batch(batch):
             f"the loader gave a {type(images).__name__} and a {type(labels).__name__}; a batch is a pair of tensors "
             "(images, labels), such as torch.utils.data.DataLoader makes"
         )
-    if not images.is_floating_point() or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+    matching = len(images) > 0 and labels.shape == images.shape[:1]
+    if not images.is_floating_point() or labels.dtype != torch.int64 or not matching:
         raise ValueError(
             f"the loader gave {images.dtype} images {tuple(images.shape)} and {labels.dtype} labels "
-            f"{tuple(labels.shape)}; a batch is normalised floating-point images (N, ...) and int64 labels (N,)"
+            f"{tuple(labels.shape)}; a batch is normalised floating-point images (N, ...) and int64 labels (N,), N > 0"
         )
     return images, labels
 
 
 def check_labels(labels, scores):
-    """There is a class for each label; a GPU only says that an assertion failed."""
+    """There are scores of classes, and a class for each label; a GPU only says that an assertion failed."""
+    if getattr(scores, "ndim", 0) != 2:
+        found = f"{tuple(scores.shape)}" if hasattr(scores, "shape") else f"a {type(scores).__name__}"
+        raise ValueError(f"the model returned {found}; it must return scores (N, classes)")
     # Labels that are on a GPU already would have to be waited for.
     if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < scores.shape[1]:
         raise ValueError(
             f"the loader gave labels from {int(labels.min())} to {int(labels.max())}; the model has {scores.shape[1]} "
             f"classes, so labels go from 0 to {scores.shape[1] - 1}"
-        )
-
-
-def check_scores(scores, criterion):
-    """The scores are what the criterion takes: with another kind, a loss still falls and means nothing."""
-    function = criterion.func if isinstance(criterion, functools.partial) else criterion
-    takes_logs = function is F.nll_loss or isinstance(function, nn.NLLLoss)
-    takes_scores = function is F.cross_entropy or isinstance(function, nn.CrossEntropyLoss)
-    if not (takes_logs or takes_scores) or scores.ndim != 2:
-        return
-    scores = scores.detach().float()
-    # Half precision leaves sums of probabilities a few hundredths off.
-    probabilities = bool((scores >= 0).all() & ((scores.sum(dim=1) - 1).abs() < 0.05).all())
-    if probabilities and scores.shape[1] > 1:
-        raise ValueError(
-            "the model returns probabilities; both losses take their logarithm. Let it return scores instead, without "
-            'the softmax, and train with get_loss("cross_entropy")'
-        )
-    if takes_logs and (scores.logsumexp(dim=1).abs() > 0.1).any():
-        raise ValueError(
-            "the model returns scores that are not log-probabilities, and the loss is the negative log-likelihood; "
-            'train with get_loss("cross_entropy"), or end the model in log_softmax'
         )
 
 
@@ -226,3 +226,45 @@ def check_loss(loss):
         raise ValueError(
             f"the criterion gave a loss of shape {tuple(loss.shape)}; it must be one number, the batch's mean"
         )
+
+
+def check_scores(scores, labels, criterion, loss):
+    """The scores are what the criterion takes: with another kind, a loss still falls and means nothing.
+
+    A criterion is known by its kind, or by the value of its loss.
+    """
+    called = criterion.func if isinstance(criterion, functools.partial) else criterion
+    twice = _softmax_under_log_softmax(scores.grad_fn)
+    scores, loss, n = scores.detach(), loss.item(), len(labels)
+    known = []
+    for function, kind in ((F.nll_loss, nn.NLLLoss), (F.cross_entropy, nn.CrossEntropyLoss)):
+        mean = function(scores, labels).item()
+        known.append(called is function or isinstance(called, kind) or math.isclose(loss, mean, rel_tol=1e-4))
+        if not any(known) and n > 1 and math.isclose(loss, n * mean, rel_tol=1e-4):
+            raise ValueError("the criterion gave the sum over the batch; it must be the mean")
+    takes_logs, takes_scores = known
+    if not (takes_logs or takes_scores):
+        return
+    # Half precision leaves sums of probabilities a few hundredths off.
+    probabilities = bool((scores >= 0).all() & ((scores.sum(dim=1) - 1).abs() < 0.05).all())
+    if (probabilities and scores.shape[1] > 1) or twice:
+        wrong = "takes the softmax twice" if twice and not probabilities else "returns probabilities"
+        raise ValueError(
+            f"the model {wrong}, and both losses take the logarithm of a softmax. Let it return scores instead, without "
+            'any softmax, and train with get_loss("cross_entropy")'
+        )
+    if takes_logs and (scores.logsumexp(dim=1).abs() > 0.1).any():
+        raise ValueError(
+            "the model returns scores that are not log-probabilities, and the loss is the negative log-likelihood; "
+            'train with get_loss("cross_entropy"), or end the model in log_softmax'
+        )
+
+
+def _softmax_under_log_softmax(node):
+    """Whether the graph ends in a softmax under nothing but the log_softmax of it, or a change of shape or type."""
+    while node is not None and (name := node.name()) != "SoftmaxBackward0":
+        steps = "LogSoftmax", "ToCopy", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Clone"
+        if not name.startswith(steps):
+            return False
+        node = node.next_functions[0][0]
+    return node is not None

@@ -32,7 +32,9 @@ def faster_layers(model, device):
     dropped units, so it drops others than torch would with the same seed.
     """
     changed = []
-    if device.type == "cpu" and not hasattr(model, "_orig_mod"):  # torch.compile makes kernels of its own
+    # torch.compile makes kernels of its own, whether it has wrapped the model or compiled it in place.
+    compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules())
+    if device.type == "cpu" and not compiled:
         for module in model.modules():
             forward = None
             if type(module) is nn.Conv2d and 1 < module.groups == module.in_channels < module.out_channels:
@@ -53,10 +55,13 @@ def _depthwise(conv, x):
     """Repeat each channel as often as it has outputs: oneDNN has a fast kernel only for one output per channel."""
     if x.ndim != 4 or x.shape[1] != conv.in_channels:
         return nn.Conv2d.forward(conv, x)  # which says what is wrong
-    # Repeated along the innermost axis of NHWC memory, so that the batch stays channels_last. The gradient of a stack
-    # is added up much faster than that of repeat_interleave.
-    copies = [x.permute(0, 2, 3, 1)] * (conv.out_channels // conv.in_channels)
-    x = torch.stack(copies, dim=-1).flatten(-2).permute(0, 3, 1, 2)
+    # In the layout of the batch, which a view behind it may rely on. The gradient of a stack is added up much faster
+    # than that of repeat_interleave.
+    copies = [x] * (conv.out_channels // conv.in_channels)
+    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():  # along the innermost axis, then
+        x = torch.stack([copy.permute(0, 2, 3, 1) for copy in copies], dim=-1).flatten(-2).permute(0, 3, 1, 2)
+    else:
+        x = torch.stack(copies, dim=2).flatten(1, 2)
     return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, groups=conv.out_channels)
 
 

@@ -10,10 +10,10 @@ from torch import nn, optim
 
 
 def _named(name, what, choices):
-    """choices[name], without regard to case, underscores and a last "loss", or an error that lists them."""
+    """choices[name], by its letters without regard to case and to a last "loss", or an error that lists them."""
 
     def plain(name):
-        return str(name).lower().replace("_", "").removesuffix("loss")
+        return "".join(filter(str.isalnum, str(name).lower())).removesuffix("loss")
 
     found = {plain(choice): value for choice, value in choices.items()}
     if plain(name) not in found:
@@ -41,6 +41,18 @@ def _also_named(**names):
         return renamed
 
     return decorate
+
+
+def _name_may_come_first(function):
+    """Let get_scheduler be called by analogy with get_optimizer: (optimizer, "StepLR", ...)."""
+
+    @functools.wraps(function)
+    def reordered(optimizer, *args, **kwargs):
+        if args and isinstance(args[0], str):
+            args, kwargs = args[1:], kwargs | {"name": args[0]}
+        return function(optimizer, *args, **kwargs)
+
+    return reordered
 
 
 # On a GPU these can update all parameters in one kernel, which also decides by itself whether float16 gradients have
@@ -76,8 +88,8 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
     groups = [{"params": parameters}]
     if decay == "weights":
         groups = [
-            {"params": [parameter for parameter in parameters if parameter.ndim > 1]},
-            {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
+            {"params": [parameter for parameter in parameters if parameter.dim() > 1]},
+            {"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0},
         ]
     optimizer = kind(groups, lr=lr, **options)
     optimizer.of_whole_model = True  # so a parameter that it lacks was added later, see epoch.check_optimizer
@@ -105,36 +117,39 @@ def fit_fused_state(optimizer):
                         state[name] = torch.empty_like(parameter).copy_(value)
 
 
-IN_EPOCHS = {"step_size", "T_max", "T_0", "total_iters", "milestones"}  # what torch counts in steps
+# What torch counts in steps.
+IN_EPOCHS = {"step_size", "T_max", "T_0", "total_iters", "milestones", "step_size_up", "step_size_down"}
 
 
 @_also_named(stepsize="step_size", gamma_val="gamma")
+@_name_may_come_first
 def get_scheduler(optimizer, step_size=10, gamma=0.1, name="StepLR", epochs=None, steps_per_epoch=1, **options):
     """A scheduler of `torch.optim.lr_scheduler` by name; what it counts is given in epochs.
 
     Args:
-        step_size: epochs between two falls of the learning rate; a name in its place is taken for the name.
+        step_size: epochs between two falls of the learning rate.
         gamma: factor of a fall.
-        name: without regard to case. A bool in its place, the original's `verbose`, is passed over.
+        name: without regard to case; it may also come right after the optimizer. A bool in its place, the original's
+            `verbose`, is passed over.
         epochs: length of the run, for the schedulers that need one.
         steps_per_epoch: 1 for a scheduler to be stepped after every epoch; the number of batches, `len(train_loader)`,
             for one to be stepped after every batch, as `train` does with the scheduler that it is given.
-        options: go to the scheduler; T_max, T_0, total_iters and milestones count epochs. OneCycleLR's max_lr is by
-            default the learning rate of each of the optimizer's groups.
+        options: go to the scheduler; T_max, T_0, total_iters, milestones, step_size_up and step_size_down count epochs,
+            OneCycleLR's total_steps counts steps. max_lr is by default the learning rate of each of the optimizer's
+            groups.
 
     Raises:
         ValueError: unknown name; a run too short for OneCycleLR; a scheduler that has no length in epochs and so cannot
             be stepped after every batch.
     """
-    if isinstance(step_size, str):
-        step_size, name = 10, step_size
+    options.pop("verbose", None)  # which torch has given up
     name = "StepLR" if isinstance(name, bool) else name
     kind = _named(name, "scheduler", _classes(optim.lr_scheduler, optim.lr_scheduler.LRScheduler))
     defaults = {key: parameter.default for key, parameter in inspect.signature(kind).parameters.items()}
     if steps_per_epoch > 1 and not (IN_EPOCHS | {"steps_per_epoch"}) & defaults.keys():
         raise ValueError(
-            f"{kind.__name__} counts its steps by itself; give what it counts in batches, and leave steps_per_epoch "
-            "at 1"
+            f"{kind.__name__} has no length in epochs; make torch.optim.lr_scheduler.{kind.__name__} yourself, with "
+            "what it counts in batches"
         )
     given = {"step_size": step_size, "gamma": gamma, "epochs": epochs, "steps_per_epoch": steps_per_epoch}
     given["max_lr"] = [group["lr"] for group in optimizer.param_groups]
@@ -143,7 +158,8 @@ def get_scheduler(optimizer, step_size=10, gamma=0.1, name="StepLR", epochs=None
         given["total_iters"] = defaults["total_iters"]
     given = {key: value for key, value in given.items() if key in defaults and value is not None} | options
     for key in IN_EPOCHS & given.keys():
-        given[key] = (np.array(given[key]) * steps_per_epoch).tolist()
+        if given[key] is not None:
+            given[key] = (np.array(given[key]) * steps_per_epoch).tolist()
     if kind is optim.lr_scheduler.OneCycleLR and epochs:
         if epochs * steps_per_epoch * given.get("pct_start", 0.3) <= 1:
             raise ValueError(
@@ -151,7 +167,9 @@ def get_scheduler(optimizer, step_size=10, gamma=0.1, name="StepLR", epochs=None
                 "longer, or with a smaller batch size"
             )
     scheduler = kind(optimizer, **given)
-    scheduler.steps_per_epoch = steps_per_epoch  # `train` refuses the wrong pairing
+    if "total_steps" not in options:
+        scheduler.steps_per_epoch = steps_per_epoch  # `train` refuses the wrong pairing, see epoch.check_scheduler
+    optimizer.batch_scheduler = scheduler if steps_per_epoch > 1 else None
     return scheduler
 
 

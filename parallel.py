@@ -15,14 +15,18 @@ def unwrap(model):
             return model
 
 
+def _several():
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def rank():
     """Number of this process, from 0."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
+    return distributed.get_rank() if _several() else 0
 
 
 def world_size():
     """Number of processes."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+    return distributed.get_world_size() if _several() else 1
 
 
 def sum_over_processes(values, device):

@@ -20,6 +20,7 @@ from PIL import Image
 
 from image_sets import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, to_rgb
 from layers import evaluation_mode
+from parallel import unwrap
 from runs import load_weights
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # not all of Pillow's: some of its readers start other programs
@@ -44,6 +45,8 @@ def class_names(label_map):
     Raises:
         ValueError: labels that are not 0, 1, 2, ..., or not one for each name.
     """
+    if isinstance(label_map, (str, set, frozenset)):
+        raise ValueError(f"{label_map!r} has no order of classes; give a list of names, or a dict {{name: label}}")
     if not isinstance(label_map, dict):
         names = [str(name) for name in label_map]
         if len(set(names)) < len(names):
@@ -91,6 +94,7 @@ def predict(model, images, classes=CIFAR10_CLASSES):
         return []
     normalised = (np.stack(pixels).astype(np.float32) / 255 - np.float32(CIFAR10_MEAN)) / np.float32(CIFAR10_STD)
     images = torch.from_numpy(normalised).permute(0, 3, 1, 2).contiguous()
+    model = unwrap(model)  # which torch.compile would compile anew for each number of pictures
     parameter = next(model.parameters(), torch.empty(0))
     with evaluation_mode(model):
         scores = torch.cat([model(batch.to(parameter)).float() for batch in images.split(256)])  # memory for 256
@@ -112,7 +116,7 @@ def _as_rgb(image, name):
         return to_rgb(image)
     if not isinstance(image, (str, os.PathLike)):
         raise TypeError(f"{name} is a {type(image).__name__}; a picture is a {PICTURE}")
-    if str(image).startswith(("http://", "https://")):
+    if "://" in str(image):
         raise ValueError(f"{image} is an address; download the picture and give the name of the file")
     if os.path.isdir(image):
         raise ValueError(f"{image} is a folder; give the pictures in it, such as {image}/*.jpg")
@@ -143,23 +147,34 @@ def load_network(weights):
     """(model, classes) of the weights that ship, by name, or of a run, by the path of its last.pt or best.pt.
 
     Raises:
-        ValueError: a file that is not in the folder of a run, or is damaged.
+        ValueError, OSError: no such weights, a file that is not in the folder of a run, or is damaged.
     """
     import models  # here, because whoever imports `predict` brings a model
-    from pretrained import WEIGHTS, provenance
+    from pretrained import provenance
 
     path = pathlib.Path(weights)
-    if path.suffix == ".pt" and not (path.parent / "run.json").exists():
-        raise ValueError(
-            f"{path} has no run.json beside it, which says what network it is of; give a file in runs/<name>/"
-        )
-    if path.suffix == ".pt":
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the last.pt or best.pt of a run")
+    if path.suffix != ".pt":
+        trained = provenance(weights)["hyperparameters"]
+        return getattr(models, trained["model"]).from_pretrained(weights), trained["classes"].split("/")
+    state = load_weights(path)
+    try:
         trained = json.loads((path.parent / "run.json").read_text())["hyperparameters"]
-    else:
-        path, trained = WEIGHTS / f"{weights}.pt", provenance(weights)["hyperparameters"]
-    classes = trained["classes"].split("/")
-    model = getattr(models, trained["model"])(num_classes=len(classes))
-    model.load_state_dict(load_weights(path))
+        classes = trained["classes"].split("/")
+        model = getattr(models, trained["model"])(num_classes=len(classes))
+    except (FileNotFoundError, ValueError, KeyError, AttributeError):
+        raise ValueError(
+            f"{path} has no run.json beside it that says of which network and classes it is; give the last.pt or "
+            "best.pt in runs/<name>/, of a run whose settings are those of recipes.run_settings"
+        ) from None
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        raise ValueError(
+            f"{path} does not fit {trained['model']}: it is not the last.pt or best.pt of a run, or the network was "
+            "changed since"
+        ) from None
     return model.eval(), classes
 
 
@@ -173,13 +188,12 @@ def main():
     parser.add_argument("pictures", nargs="+", metavar="picture", help="an image file of any size")
     parser.add_argument(
         "--weights",
-        default=most_accurate(),
-        help=f"{shipped} (default: the most accurate, %(default)s), or runs/<name>/last.pt of a run of your own",
+        help=f"{shipped or 'none is here'} (default: the most accurate), or runs/<name>/last.pt of a run of your own",
     )
     arguments = parser.parse_args()
     try:
-        model, classes = load_network(arguments.weights)
-    except (OSError, ValueError, RuntimeError) as error:
+        model, classes = load_network(arguments.weights or most_accurate())
+    except (OSError, ValueError) as error:
         sys.exit(str(error))
     failed = False
     for picture in arguments.pictures:

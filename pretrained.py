@@ -23,9 +23,26 @@ def provenance(name):
 
 
 def most_accurate():
-    """The name of the weights with the highest test accuracy."""
-    names = [path.stem for path in WEIGHTS.glob("*.json")]
+    """The name of the weights with the highest test accuracy.
+
+    Raises:
+        ValueError: no weights at all.
+    """
+    names = sorted(path.stem for path in WEIGHTS.glob("*.json"))
+    if not names:
+        raise ValueError(f"there are no weights in {WEIGHTS}")
     return max(names, key=lambda name: provenance(name)["test_accuracy_percent"])
+
+
+def layers_of(model):
+    """A line for each layer of a network, with what the shapes of its weights do not tell, such as a stride."""
+    lines = []
+    for name, module in model.named_modules():
+        if not any(True for _ in module.children()):
+            lines.append(f"{name} {type(module).__name__}")
+            if isinstance(module, nn.Conv2d):
+                lines[-1] += f" stride {module.stride} padding {module.padding} dilation {module.dilation}"
+    return lines
 
 
 class Pretrained(nn.Module):
@@ -38,13 +55,15 @@ class Pretrained(nn.Module):
         Raises:
             ValueError: no weights of that name, or of another network, or the network was changed since.
         """
-        trained = provenance(name)["hyperparameters"]
+        stated = provenance(name)
+        trained = stated["hyperparameters"]
         model = cls(dropout_value=trained["dropout"])
-        try:
-            model.load_state_dict(load_weights(WEIGHTS / f"{name}.pt"))
-        except RuntimeError:
+        weights = load_weights(WEIGHTS / f"{name}.pt")
+        shapes, needed = ({key: value.shape for key, value in state.items()} for state in (weights, model.state_dict()))
+        if shapes != needed or stated.get("layers", layers_of(model)) != layers_of(model):
             raise ValueError(
                 f"the weights {name!r} do not fit {cls.__name__}: they are of {trained['model']}, or the network was "
                 "changed after they were trained. Train it anew, and load_state_dict the weights of that run"
-            ) from None
+            )
+        model.load_state_dict(weights)
         return model.eval()

@@ -18,7 +18,8 @@ class ReceptiveFieldRow:
 
     `name` is the path of its module in the model and `summary_row` its row in the torchsummary table, both empty if it
     is a function; `size` is the side of its output, `jump` the distance in input pixels between neighbouring outputs.
-    Both `jump` and `receptive_field` are None from a global pooling on, where every output sees the whole image.
+    `receptive_field` is None where every output sees the whole image, which is from a global pooling on, or from a
+    squeeze-and-excitation on; `jump` is None while there is a single output.
     """
 
     name: str
@@ -78,23 +79,25 @@ def receptive_field(model, input_size=32):
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None:
         raise ValueError(f"{type(model).__name__} has no Conv2d; receptive_field traces convolutional networks")
-    calls = {}  # node of the graph: (name of its module, row in the torchsummary table)
+    calls = {}  # node of the graph: (name of its module, row in the torchsummary table, side of its output)
     names = {module: name for name, module in model.named_modules()}
+    containers = (nn.Sequential, nn.ModuleList)  # which have no row in the torchsummary table
 
     def record(module, inputs, output):
-        if isinstance(output, torch.Tensor):
+        if isinstance(output, torch.Tensor) and not any(True for _ in module.children()):
             name = names[module] or type(module).__name__
-            calls.setdefault(output.grad_fn, (name, f"{type(module).__name__}-{len(count)}"))
+            calls.setdefault(output.grad_fn, (name, f"{type(module).__name__}-{len(count)}", output.shape[-1]))
         count.append(module)
 
     count = [None]
-    hooks = [m.register_forward_hook(record) for m in model.modules() if not any(True for _ in m.children())]
-    x = torch.zeros(1, first.in_channels, input_size, input_size, device=first.weight.device, dtype=first.weight.dtype)
-    # The weights take part as constants, so every node of the graph lies between input and output.
-    constants = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    hooks = [m.register_forward_hook(record) for m in model.modules() if not isinstance(m, containers)]
+    shape = 1, first.in_channels, input_size, input_size
     try:
         with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
-            output = torch.func.functional_call(model, constants, (x.requires_grad_().clone(),))
+            x = torch.zeros(shape, device=first.weight.device, dtype=first.weight.dtype, requires_grad=True)
+            # The weights take part as constants, so every node of the graph lies between input and output.
+            constants = {name: parameter.detach() for name, parameter in model.named_parameters()}
+            output = torch.func.functional_call(model, constants, (x.clone(),))
     finally:
         for hook in hooks:
             hook.remove()
@@ -103,17 +106,25 @@ def receptive_field(model, input_size=32):
             f"receptive_field traces networks that return a tensor; this returns a {type(output).__name__}"
         )
 
+    layers = {node: _layer(node, calls.get(node)) for node in _in_order(output.grad_fn)}
+    for node, (name, summary_row, _) in calls.items():
+        if node not in layers and ("Conv" in summary_row or "Pool" in summary_row):
+            raise ValueError(
+                f"receptive_field cannot trace the output of {name}: it does not reach that of the network, or only "
+                "past autograd, as by detach"
+            )
+    # An average over the whole image is the global pooling, unless what it leaves still goes through kernels.
+    averages_last = not any(layer and layer[0] == 1 < layer[1] for layer in layers.values())
     rows = ReceptiveFieldTable()
     seen = {}  # node: (side, jump, receptive field) of its output
-    for node in _in_order(output.grad_fn):
+    for node, layer in layers.items():
         before = _join([seen[parent] for parent, _ in node.next_functions if parent in seen], node, input_size)
-        layer = _layer(node, calls.get(node))
         if layer is None:
             seen[node] = _step(node, before)
             continue
         side_in, kernel, stride, padding, dilation, groups = layer
         side, jump, field = before
-        name, summary_row = calls.get(node, ("", ""))
+        name, summary_row, _ = calls.get(node, ("", "", None))
         if side != side_in:
             raise ValueError(
                 f"receptive_field cannot trace what happens before {name or node.name()!r}: the side changes from "
@@ -121,7 +132,9 @@ def receptive_field(model, input_size=32):
             )
         ceil = stride - 1 if getattr(node, "_saved_ceil_mode", False) else 0
         side = (side + 2 * padding - dilation * (kernel - 1) - 1 + ceil) // stride + 1
-        if kernel == side_in > 1 and side == 1 and "Convolution" not in node.name():
+        step = node.name()
+        by_size = "Mean" in step or "Adaptive" in step or ("AvgPool" in step and averages_last)
+        if kernel == side_in > side == 1 and by_size:
             jump = field = None  # global pooling
         if field is not None:
             field += (kernel - 1) * dilation * jump
@@ -158,20 +171,20 @@ def _join(paths, node, input_size):
 
 
 # What autograd calls the steps that move pixels about.
-MOVING = ("Slice", "Upsample", "Im2Col", "Col2Im", "GridSampler", "Roll", "Flip", "Fft", "PixelShuffle", "Index")
+MOVING = "Slice Split Upsample Im2Col Col2Im GridSampler Roll Flip Fft PixelShuffle Index FractionalMaxPool".split()
 
 
 def _step(node, before):
     """(side, jump, receptive field) behind a step that is no layer."""
     name, (side, jump, field) = node.name(), before
-    if jump is None:
+    if jump is None or _over_channels(node):
         return before
-    of_channels = "Slice" in name and node._saved_dim == 1
-    if any(kind in name for kind in MOVING) and not of_channels:
+    if any(kind in name for kind in MOVING):
         raise ValueError(f"receptive_field cannot trace {name.removesuffix('Backward0')}, which moves pixels about")
     if "Pad" in name:
         pad = node._saved_pad if "Constant" in name else node._saved_padding
-        return side + pad[0] + pad[1], jump, field
+        # Autograd keeps a negative padding, which crops, as a number without sign.
+        return side + sum(p - 2**64 if p >= 2**63 else p for p in pad[:2]), jump, field
     if any(kind in name for kind in ("Mean", "Sum", "Amax", "MaxBackward", "AdaptiveMax", "Bmm")):
         return 1, None, None  # over the whole image
     if "AddmmBackward" in name or "MmBackward" in name:  # a linear layer
@@ -183,6 +196,13 @@ def _step(node, before):
     return before
 
 
+def _over_channels(node):
+    """Whether a step slices, averages ... along the channels, which are dimension 1, or -3 (without its sign)."""
+    dims = getattr(node, "_saved_dim", ())
+    dims = dims if isinstance(dims, tuple) else (dims,)
+    return len(dims) == 1 and dims[0] in (1, 2**64 - 3)
+
+
 def _layer(node, call):
     """(side before it, kernel, stride, padding, dilation, groups) of a convolution or pooling, else None."""
     name = node.name()
@@ -191,22 +211,25 @@ def _layer(node, call):
         rest = node._saved_stride, node._saved_padding, node._saved_dilation, (node._saved_groups,)
         if node._saved_transposed:
             raise ValueError("receptive_field cannot trace a transposed convolution")
-    elif "MaxPool2D" in name and "Adaptive" not in name:
+    elif "MaxPool2D" in name and not ("Adaptive" in name or "Fractional" in name):
         shape, kernel = node._saved_self.shape, node._saved_kernel_size
         rest = node._saved_stride or kernel, node._saved_padding, node._saved_dilation, (1,)
     elif "AvgPool2D" in name and "Adaptive" not in name:
         shape, kernel = node._saved_self.shape, node._saved_kernel_size
         rest = node._saved_stride or kernel, node._saved_padding, (1,), (1,)
-    elif call is not None and ("Mean" in name or "AdaptiveMax" in name):  # how torch pools globally
+    elif call is not None and call[2] == 1 and ("Mean" in name or "AdaptiveMax" in name):  # how torch pools globally
         shape = node._saved_self_sym_sizes if "Mean" in name else node._saved_self.shape
         kernel, rest = shape[2:], ((1,), (0,), (1,), (1,))
     elif "Adaptive" in name:
-        raise ValueError("receptive_field cannot trace adaptive pooling to more than one output")
+        raise ValueError("receptive_field traces adaptive pooling only to one output, as nn.AdaptiveAvgPool2d(1)")
     else:
         return None
     sides = [tuple(shape[2:]), tuple(kernel), *map(tuple, rest)]
     if any(len(set(side)) > 1 for side in sides):
-        raise ValueError(f"receptive_field traces square images and kernels; {call[0] if call else name} has {sides}")
+        raise ValueError(
+            f"receptive_field traces square images and kernels; {call[0] if call else name} has, of image, kernel, "
+            f"stride, padding and dilation, {sides[:5]}"
+        )
     return tuple(int(side[0]) for side in sides)
 
 
@@ -229,26 +252,27 @@ def post_receptive_field(model, rows, images=None, path=None):
     """
     model = unwrap(model)
     rows = [row for row in rows if row.receptive_field is not None]
-    last = dict(model.named_modules()).get(rows[-1].name) if rows else None
-    if last is None:
+    modules = dict(model.named_modules())
+    last = next((row for row in reversed(rows) if row.name), None)
+    if last is None or last.name not in modules:
         raise ValueError("rows are not of this model; pass what receptive_field(model) returns")
     parameter = next(model.parameters())
     if images is None:
-        side = rows[-1].receptive_field + 2 * rows[-1].jump + 1
+        side = last.receptive_field + 2 * last.jump + 1
         images = torch.randn(8, 3, side, side, generator=torch.Generator().manual_seed(0)).to(parameter.device)
     images = images.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
     outputs = []
-    hook = last.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    hook = modules[last.name].register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
-        with evaluation_mode(model):
+        with evaluation_mode(model), torch.enable_grad():
             model(images)
+            output = outputs[-1]
+            centre = output.shape[-1] // 2
+            # A random sign for each channel, or the channels would cancel out.
+            signs = torch.randint(0, 2, output.shape[1:2], generator=torch.Generator().manual_seed(0)).mul(2).sub(1)
+            (gradient,) = torch.autograd.grad((output[:, :, centre, centre] * signs.to(output)).sum(), images)
     finally:
         hook.remove()
-    (output,) = outputs
-    centre = output.shape[-1] // 2
-    # A random sign for each channel, or the channels would cancel out.
-    signs = torch.randint(0, 2, output.shape[1:2], generator=torch.Generator().manual_seed(0)).mul(2).sub(1)
-    (gradient,) = torch.autograd.grad((output[:, :, centre, centre] * signs.to(output)).sum(), images)
     field = gradient.abs().mean(dim=(0, 1)).cpu().numpy()
 
     figure, (growth, effective) = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
@@ -273,7 +297,7 @@ def post_receptive_field(model, rows, images=None, path=None):
     effective.set(
         xlabel="x (pixels)",
         ylabel="y (pixels)",
-        title=f"Effective receptive field of the centre output of {rows[-1].name}\n"
-        f"theoretical: {rows[-1].receptive_field}x{rows[-1].receptive_field}",
+        title=f"Effective receptive field of the centre output of {last.name}\n"
+        f"theoretical: {last.receptive_field}x{last.receptive_field}",
     )
     return save_figure(figure, path)

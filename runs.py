@@ -21,6 +21,7 @@ import pathlib
 import pickle
 import platform
 import random
+import re
 import sys
 import time
 import weakref
@@ -34,7 +35,7 @@ import numpy as np
 import torch
 
 from output import in_notebook, write_atomically
-from parallel import gather, rank, unwrap
+from parallel import gather, rank, unwrap, world_size
 
 COLUMNS = ("train_loss", "train_acc", "test_loss", "test_acc")
 CHECKPOINT = (
@@ -51,7 +52,7 @@ CHECKPOINT = (
 )
 MAY_CHANGE = ("epochs",)  # hyperparameters that leave a checkpoint meaningful
 
-_LAST_RUNS = weakref.WeakKeyDictionary()  # {model: folder of the run that it was last resumed in}
+_FOLDERS = weakref.WeakKeyDictionary()  # {model: folders of the runs that it was resumed in}
 
 
 def seed_everything(seed):
@@ -115,6 +116,7 @@ class Run:
             raise ValueError(f"run name {name!r} must be a plain directory name, without separators")
         self.name, self.data = name, data
         self.history = None  # a dict per epoch: epoch, lr, COLUMNS, seconds; resume sets it
+        self.hyperparameters = {}
         self.displays = set()  # what a notebook shows of the run and updates in place
         self._shown = str(pathlib.Path(root) / name)
         self.folder = pathlib.Path(root).absolute() / name  # a later chdir must not lose an epoch
@@ -125,6 +127,8 @@ class Run:
             # One lock per process and path, so that a notebook cell can be run again.
             self._lock = filelock.FileLock(self.folder / ".lock", timeout=0, is_singleton=True)
             self._lock.acquire()
+            for leftover in self.folder.glob(".*.tmp"):
+                leftover.unlink()
         except filelock.Timeout:
             raise RuntimeError(
                 f"another process holds the run {name!r} in {self.folder}, perhaps a notebook that is still open; "
@@ -134,8 +138,6 @@ class Run:
             raise OSError(
                 error.errno, f"cannot keep a run in {self.folder}: {error.strerror}; it must be a writable directory"
             ) from None
-        for leftover in self.folder.glob(".*.tmp"):
-            leftover.unlink()
 
     def __str__(self):
         return self._shown
@@ -151,9 +153,9 @@ class Run:
         done, epochs = len(self.history or ()), self.hyperparameters.get("epochs", "?")
         if kind is KeyboardInterrupt:
             stopped = f"{self}: stopped after epoch {done} of {epochs}; run this again to go on from there"
-            if in_notebook():
+            if in_notebook() or hasattr(sys, "ps1"):  # a session, which lives on
                 raise Stopped(stopped) from None
-            sys.exit(stopped)
+            sys.exit(1 if rank() else stopped)
         if kind is None and done and rank() == 0:
             last, best = self.history[-1], self._best
             print(
@@ -182,8 +184,6 @@ class Run:
         self._model, self._optimizer, self._scheduler = unwrap(model), optimizer, scheduler
         self.history = None  # save waits until it is clear that this is the same run
         checkpoint = gather(self._read_checkpoint() if rank() == 0 else None)[0]
-        last_run = _LAST_RUNS.get(self._model)
-        _LAST_RUNS[self._model] = self.folder
         of_network = checkpoint and self._network_differences(checkpoint)
         differences = checkpoint and self._differences(checkpoint) + of_network
         if checkpoint and checkpoint["history"] and differences:
@@ -192,20 +192,22 @@ class Run:
                 f"the checkpoint in {self.folder} is of another run: {'; '.join(differences[:5])}{more}. To start "
                 f"afresh, choose another RUN_NAME or delete {self.folder}; to go on, put the old values back"
             )
-        if checkpoint and not differences:
+        # A model that was stopped in epoch 1 is half-trained, and gets its first weights back; a new one keeps its own.
+        earlier = _FOLDERS.get(self._model, ())
+        stopped = checkpoint and self.folder in earlier and not of_network
+        _FOLDERS[self._model] = {*earlier, self.folder}
+        if checkpoint and (checkpoint["history"] or (stopped and not differences)):
             self._restore(checkpoint)
             done, epochs = len(self.history), hyperparameters.get("epochs", "?")
             self._say(f"going on after epoch {done} of {epochs}" if done else "starting again, with epoch 1")
             self._start_epoch()
             self._export(checkpoint)
         else:
-            # After a stop in epoch 1 the settings may change, but its half-trained weights must not be the start.
-            if checkpoint and last_run == self.folder and not of_network:
+            if stopped:  # and then the settings were changed
                 self._model.load_state_dict(checkpoint["model"])
                 _set_random_state(checkpoint["random"])
-            other = last_run not in (None, self.folder)
-            trained = " from the weights that another run left in this model; make a new model to start afresh"
-            self._say(f"a new run{trained if other else ''}")
+            trained = " from the weights that an earlier run left in this model; make a new model to start afresh"
+            self._say(f"a new run{trained if earlier and not stopped else ''}")
             self.history, self._best = [], None
             self._start_epoch()
             self._write(self._checkpoint())
@@ -286,10 +288,10 @@ class Run:
         return {
             "hyperparameters": self.hyperparameters,
             "kinds": self._kinds(),
-            "network": repr(self._model),
+            "network": _printed(self._model),
             "model": self._weights(),
-            "optimizer": self._optimizer.state_dict(),
-            "scheduler": self._scheduler.state_dict() if self._scheduler else None,
+            "optimizer": _plain(self._optimizer.state_dict()),
+            "scheduler": _plain(self._scheduler.state_dict()) if self._scheduler else None,
             "random": gather(_random_state()),
             "history": self.history,
             "best": self._best,
@@ -304,7 +306,7 @@ class Run:
         try:
             write_atomically(self / name, data)
         except PermissionError as error:  # under Windows, while another program has it open
-            print(f"{error}; the run goes on, and writes it after the next epoch or at the next start")
+            print(f"{error}. The run goes on, and tries again after the next epoch or at the next start")
 
     def _export(self, checkpoint):
         """The files that people read, from the checkpoint."""
@@ -315,7 +317,6 @@ class Run:
         writer = csv.DictWriter(table, history[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
-        saved = (self / "checkpoint.pt").stat().st_mtime
         summary = {
             "name": self.name,
             "hyperparameters": self.hyperparameters,
@@ -324,7 +325,6 @@ class Run:
             "best_test_accuracy_percent": best["test_acc"],
             "best_epoch": best["epoch"],
             "training_seconds": round(sum(row["seconds"] for row in history), 1),
-            "saved": datetime.fromtimestamp(saved, UTC).isoformat(timespec="seconds"),
             **checkpoint["made_by"],
         }
         self._write_file("history.csv", table.getvalue().encode())
@@ -333,9 +333,10 @@ class Run:
         self._write_file("best.pt", _serialized(best["weights"]))
 
     def _made_by(self):
-        """What the last epoch was trained with and on, which need not be the machine that opens the run."""
+        """When, with what and on what the last epoch was trained, which need not be the machine that opens the run."""
         device = next(self._model.parameters()).device
         return {
+            "saved": datetime.now(UTC).isoformat(timespec="seconds"),
             "data": self.data,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "threads": torch.get_num_threads(),
@@ -368,7 +369,7 @@ class Run:
             _schedule_length(checkpoint["scheduler"]),
             _schedule_length(self._scheduler.state_dict() if self._scheduler else None),
         )
-        pairs["the number of processes"] = len(checkpoint["random"]), len(gather(None))
+        pairs["the number of processes"] = len(checkpoint["random"]), world_size()
         return [f"{what} was {then!r} and is {now!r}" for what, (then, now) in pairs.items() if then != now]
 
     def _network_differences(self, checkpoint):
@@ -384,13 +385,18 @@ class Run:
         ]
         # Another version of torch may print the same layers otherwise.
         if checkpoint["made_by"]["versions"]["torch"] == version("torch"):
-            then, now = checkpoint["network"].splitlines(), repr(self._model).splitlines()
+            then, now = checkpoint["network"].splitlines(), _printed(self._model).splitlines()
             differences += [
                 f"a layer was {old.strip()} and is {new.strip()}"
                 for old, new in zip_longest(then, now, fillvalue="nothing")
                 if old != new
             ]
         return differences
+
+
+def _printed(model):
+    """The layers of a network as text, without the addresses of functions, which change from process to process."""
+    return re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(model))
 
 
 def _schedule_length(state):
@@ -406,6 +412,15 @@ def _check_hyperparameters(hyperparameters):
                 f"hyperparameter {name!r} is {value!r}, a {type(value).__name__}; it must be a number, string or bool "
                 "of Python, or None"
             )
+
+
+def _plain(value):
+    """The same with Python's numbers in place of NumPy's, which `weights_only` does not load."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:
+        return {key: _plain(part) for key, part in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
 def _serialized(value):

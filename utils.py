@@ -19,7 +19,7 @@ from torch import optim
 from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from augment import A, ImageBatches, SeededSampler, as_batch, get_test_transforms, get_train_transforms
+from augment import A, ImageBatches, InOrder, SeededSampler, as_batch, get_test_transforms, get_train_transforms
 from epoch import (
     MisclassifiedSamples,
     Tally,
@@ -33,6 +33,7 @@ from epoch import (
     check_scores,
     checked_batch,
     report,
+    steps_taken,
 )
 from image_sets import CIFAR10_MEAN, CIFAR10_STD, load_images, split_validation
 from layers import evaluation_mode, faster_layers
@@ -138,7 +139,7 @@ def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", ro
             elif shuffle:
                 sampler = RandomSampler(data, generator=generator)
             else:
-                sampler = range(rank(), len(data), world_size())
+                sampler = InOrder(data)
         options["sampler"] = SeededSampler(sampler, generator)
     # DataLoader seeds its workers from this generator, once an epoch. Left to torch's own generator, that would make
     # the number of workers change everything drawn after it.
@@ -176,12 +177,12 @@ def _made_fast(model, device):
     if device.type == "cpu":
         keep_freed_memory()
     cudnn = torch.backends.cudnn
-    benchmark = cudnn.benchmark
+    benchmark, layout = cudnn.benchmark, memory_format(unwrap(model), device)
     # Nearly all batches have one shape, so that finding its fastest kernels pays.
     cudnn.benchmark = benchmark or (device.type == "cuda" and not cudnn.deterministic)
     try:
         with faster_layers(model, device):
-            yield memory_format(unwrap(model), device)
+            yield layout
     finally:
         cudnn.benchmark = benchmark
 
@@ -239,7 +240,7 @@ def train(
     check_lists([train_losses], [train_acc])
     check_criterion(criterion)
     check_optimizer(model, optimizer, criterion)
-    check_scheduler(scheduler, train_loader)
+    check_scheduler(scheduler, optimizer, train_loader)
     model.train()
     # float16 gradients of a mean loss underflow unless they are scaled up.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=autocast_dtype(device) == torch.float16)
@@ -250,16 +251,16 @@ def train(
         for images, labels in map(checked_batch, train_loader):
             optimizer.zero_grad()
             scores, labels = _forward(model, device, images, labels, layout)
-            if not tally.sizes:
-                check_scores(scores, criterion)
             loss = criterion(scores, labels)
             check_loss(loss)
+            if not tally.sizes:
+                check_scores(scores, labels, criterion, loss)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
             if scheduler is not None:
                 scheduler.step()
-                scheduler.stepped_to = scheduler.last_epoch
+                scheduler.stepped_to = steps_taken(scheduler)
             tally.add(loss, scores.argmax(dim=1), labels)
         mean_loss, accuracy = tally.read()
     train_losses.append(mean_loss)
@@ -268,6 +269,7 @@ def train(
         report(what, "train", mean_loss, accuracy, time.perf_counter() - start, train_loader)
 
 
+@torch.inference_mode(False)  # which a caller may be in; lazy parameters made in it could not be trained
 @torch.no_grad()
 def test(model, device, test_loader, criterion, test_losses=None, test_acc=None, verbose=True):
     """Evaluate without gradients and append the mean loss per sample and the accuracy in % to the two lists.
@@ -292,10 +294,10 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None,
         tally = Tally("test", bar, device)
         for images, labels in map(checked_batch, test_loader):
             scores, labels_on_device = _forward(model, device, images, labels, layout)
-            if not tally.sizes:
-                check_scores(scores, criterion)
             loss = criterion(scores, labels_on_device)
             check_loss(loss)
+            if not tally.sizes:
+                check_scores(scores, labels_on_device, criterion, loss)
             predictions = scores.argmax(dim=1)
             unread.append((images, labels, predictions))
             if tally.add(loss, predictions, labels_on_device):
@@ -420,7 +422,7 @@ def post_progress(run):
     from IPython.display import display
 
     step = -(-epochs // 16)  # so that nobody has to scroll
-    shown = [line for number, line in enumerate(lines, start=1) if number % step in (0, 1 % step)]
+    shown = [line for number, line in enumerate(lines, start=1) if number == 1 or number % step == 0]
     last = [] if lines[-1] in shown else [lines[-1]]
     table = "\n".join([*shown, *last, f"{left:.0f} min left" if len(lines) < epochs else ""])
     columns = [[row[key] for row in run.history] for key in ("train_loss", "test_loss", "train_acc", "test_acc")]
@@ -436,12 +438,13 @@ def post_progress(run):
 def _confidences(model, samples):
     """The model's probability of the class that it predicted, for each of the misclassified samples."""
     model = unwrap(model)
+    parameter = next(model.parameters(), torch.empty(0))
     confidences = []
     with evaluation_mode(model), torch.no_grad():
         for start in range(0, len(samples), 256):
-            some = samples[start : start + 256]
-            images = torch.stack([image for image, _, _ in some]).to(next(model.parameters()).device)
-            confidences += model(images).float().softmax(dim=1).max(dim=1).values.tolist()
+            images, _, predicted = zip(*samples[start : start + 256])
+            scores = model(torch.stack(images).to(parameter)).float()
+            confidences += [row[int(label)] for row, label in zip(scores.softmax(dim=1).tolist(), predicted)]
     return confidences
 
 
@@ -455,12 +458,14 @@ def post_misclassified(misclassified, label_map, model, title="", path=None):
     order = np.argsort(confidences)[::-1]
     surest, rest = order[:10], np.sort(order[10:])
     picked = [*surest, *rest[np.linspace(0, len(rest) - 1, min(10, len(rest)), dtype=int)]]
-    titles = [
-        f"{classes[misclassified[i].predicted]} ({confidences[i]:.0%})\ntrue: {classes[misclassified[i].true]}"
-        for i in picked
-    ]
-    heading = f"{title}: {len(misclassified):,} mistakes, the ten surest and ten of the rest"
-    pictures = [get_image_from_tensor(misclassified[i].image) for i in picked]
+    titles, pictures = [], []
+    for index in picked:
+        image, true, predicted = misclassified[index]
+        titles.append(f"{classes[predicted]} ({confidences[index]:.0%})\ntrue: {classes[true]}")
+        pictures.append(get_image_from_tensor(image))
+    count = f"{len(misclassified):,} mistakes"
+    count += ", the ten surest and ten of the rest" if len(misclassified) > 20 else ""
+    heading = f"{title}: {count}" if title else count
     return save_figure(_image_grid(pictures, titles, heading, 4, 5), path)
 
 
@@ -478,14 +483,23 @@ def post_confusion_matrix(misclassified, test_loader, label_map, title="", path=
 
     Args:
         misclassified: what `test` returned; of another list of samples, the loader says how many there were in all.
+
+    Raises:
+        ValueError: a label_map that does not name all classes; a list of other samples than the loader gives.
     """
-    classes = _names(label_map, [label for _, *both in misclassified for label in both])
+    tested = getattr(misclassified, "tested", None)
+    if tested is None:
+        tested, again = (np.bincount(torch.cat([labels.cpu() for _, labels in test_loader])) for _ in range(2))
+        if not np.array_equal(tested, again):
+            raise ValueError(
+                "the loader gives other samples each time, so it cannot say how many of each class were tested; pass "
+                "the very list that test returned"
+            )
+    labels = [label for _, *both in misclassified for label in both]
+    classes = _names(label_map, [*labels, *np.flatnonzero(tested)])
     wrong = np.zeros((len(classes), len(classes)), dtype=int)
     for _, true, predicted in misclassified:
         wrong[int(true), int(predicted)] += 1
-    tested = getattr(misclassified, "tested", None)
-    if tested is None:
-        tested = np.bincount(torch.cat([labels.cpu() for _, labels in test_loader]))
     totals = np.zeros(len(classes), dtype=int)
     totals[: len(tested)] = tested
     if (wrong.sum(axis=1) > totals).any():

@@ -179,6 +179,18 @@ def ablation(seeds=(1, 2)):
         print(f"| {name} | {', '.join(f'{accuracy:.2f}' for accuracy in accuracies.values())} |")
 
 
+def open_study(journal):
+    """The study in a journal file, new if there is none yet."""
+    return optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(journal)),
+        study_name="resnet",
+        load_if_exists=True,
+        direction="maximize",
+        sampler=optuna.samplers.TPESampler(multivariate=True, constant_liar=True),
+        pruner=optuna.pruners.HyperbandPruner(min_resource=2, max_resource=EPOCHS, reduction_factor=2),
+    )
+
+
 def report(study):
     """The table of all trials, best first, and Optuna's plots of the history and of what mattered."""
     trials = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
@@ -206,14 +218,7 @@ def main():
     arguments = parser.parse_args()
     if arguments.ablation:
         return ablation()
-    study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(arguments.journal)),
-        study_name="resnet",
-        load_if_exists=True,
-        direction="maximize",
-        sampler=optuna.samplers.TPESampler(multivariate=True, constant_liar=True),
-        pruner=optuna.pruners.HyperbandPruner(min_resource=2, max_resource=EPOCHS, reduction_factor=2),
-    )
+    study = open_study(arguments.journal)
     if arguments.trials:
         study.optimize(objective, n_trials=arguments.trials)
     report(study)

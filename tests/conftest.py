@@ -1,15 +1,61 @@
 """Shared by the tests: the digits sample, once; no display; no progress bars."""
 
+import multiprocessing
 import os
+import pathlib
+import sys
 
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+import devices  # before torch
+
 import pytest
+import torch
 
 from image_sets import load_images
+from runs import load_weights
 
 
 @pytest.fixture(scope="session")
 def digits():
     return {split: load_images("digits", split) for split in ("train", "test")}
+
+
+@pytest.fixture
+def one_thread():
+    """As small networks need no more, and several wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """A `multiprocessing` whose processes start at once under Linux: forked from one that has imported everything."""
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "torch._dynamo", "utils"])  # an optimizer would import _dynamo
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(pathlib.Path(devices.__file__).parent))  # where the server finds utils
+        process = context.Process(target=print)
+        process.start()
+    process.join()
+    return context
+
+
+def end_state(folder):
+    """Everything that the checkpoint and the weights files hold, but times, as one list of plain values."""
+
+    def flat(value):
+        if isinstance(value, dict):
+            return [flat([key, part]) for key, part in value.items() if key not in ("seconds", "saved")]
+        if isinstance(value, (list, tuple)):
+            return [flat(part) for part in value]
+        if isinstance(value, torch.Tensor):
+            return value.dtype, tuple(value.shape), value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        return value
+
+    return flat([load_weights(folder / name) for name in ("checkpoint.pt", "last.pt", "best.pt")])

@@ -1,12 +1,20 @@
-"""What suits a device: bfloat16 only on a CPU that multiplies it sooner than float32, channels_last but on Apple's."""
+"""What suits a device: bfloat16, the layout of images, how threads wait."""
+
+import ast
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
 
 import devices
 
 import pytest
 import torch
+from torch import nn
 
 import utils
-from models import Model
+from models import Model, SeparableResNet
 
 AVX2 = "flags : fpu sse4_2 fma avx2"
 AVX512_BF16 = f"{AVX2} avx512f avx512_bf16"
@@ -35,9 +43,60 @@ def test_cpuinfo_of_this_machine_or_none_elsewhere(monkeypatch):
     devices._cpuinfo.cache_clear()
 
 
-def test_layout_of_images():
-    layouts = {name: devices.memory_format(name) for name in ("cpu", "cuda", "mps")}
-    assert layouts == {"cpu": torch.channels_last, "cuda": torch.channels_last, "mps": torch.contiguous_format}
+def changed(change, model=None):
+    model = model or Model()
+    change(model)
+    return model
+
+
+class Derived(Model):
+    """Its forward may be any, whatever that of its base is."""
+
+
+class Marked(nn.Module):
+    channels_last = True
+
+
+def nothing(*_):
+    pass
+
+
+LAYOUTS = {
+    "Model": (Model(), True),
+    "SeparableResNet": (SeparableResNet(), True),
+    "torch's layers": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 4)), True),
+    "a class that says so": (Marked(), True),
+    "another head": (changed(lambda m: setattr(m, "classifier", nn.Sequential(nn.Flatten(), nn.Linear(52, 4)))), True),
+    "a class that does not": (Derived(), False),
+    "such a class inside": (nn.Sequential(nn.Conv2d(3, 4, 3), Derived()), False),
+    "unflatten": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Unflatten(1, (2, 2))), False),
+    "volumes": (nn.Sequential(nn.MaxPool3d((3, 1, 1)), nn.Conv2d(1, 4, 3)), False),
+    "lazy": (nn.Sequential(nn.LazyConv2d(4, 3)), False),  # by a hook; once it is made, it is a Conv2d
+    "forward hook": (changed(lambda m: m.C1[0].conv.register_forward_hook(nothing)), False),
+    "forward pre-hook": (changed(lambda m: m.C1[0].conv.register_forward_pre_hook(nothing)), False),
+    "backward hook": (changed(lambda m: m.C1[0].conv.register_full_backward_hook(nothing)), False),
+    "backward pre-hook": (changed(lambda m: m.C1[0].conv.register_full_backward_pre_hook(nothing)), False),
+    "hook on the whole": (changed(lambda m: m.register_forward_hook(nothing)), False),
+    "a forward replaced": (changed(lambda m: setattr(m, "forward", nothing)), False),
+    "a layer's forward replaced": (changed(lambda m: setattr(m.pool, "forward", nothing)), False),
+    "parametrized": (changed(lambda m: nn.utils.parametrizations.weight_norm(m.classifier)), False),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_layout_of_images(case):
+    model, channels_last = LAYOUTS[case]
+    expected = torch.channels_last if channels_last else torch.contiguous_format
+    assert [devices.memory_format(model, torch.device(name)) for name in ("cpu", "cuda")] == [expected] * 2
+    assert devices.memory_format(model, torch.device("mps")) == torch.contiguous_format
+
+
+def test_a_hook_of_all_modules_counts_too():
+    hook = nn.modules.module.register_module_forward_hook(nothing)
+    try:
+        assert devices.memory_format(Model(), torch.device("cpu")) == torch.contiguous_format
+    finally:
+        hook.remove()
 
 
 @pytest.mark.skipif(not torch.backends.mps.is_available(), reason="needs an Apple GPU")
@@ -53,3 +112,37 @@ def test_gradients_on_an_apple_gpu_are_those_of_the_cpu():
         gradients[device] = [old - new.detach().cpu() for old, new in zip(before, model.parameters())]
     for cpu, mps in zip(*gradients.values()):
         assert (cpu - mps).norm() < 0.05 * cpu.norm() + 1e-4
+
+
+@pytest.mark.parametrize("users, expected", [(None, "10000"), ("7", "7")])
+def test_how_long_threads_spin_is_left_to_the_user(monkeypatch, users, expected):
+    monkeypatch.setenv("GOMP_SPINCOUNT", users) if users else monkeypatch.delenv("GOMP_SPINCOUNT")
+    runpy.run_path(devices.__file__)
+    assert os.environ["GOMP_SPINCOUNT"] == expected
+
+
+FOLDER = pathlib.Path(devices.__file__).parent
+
+
+STARTED = "utils models predict benchmarks/accuracy benchmarks/parity benchmarks/search benchmarks/speed"
+
+
+@pytest.mark.parametrize("file", STARTED.split())
+def test_whatever_is_started_says_so_before_it_imports_torch(file):
+    tree = ast.parse((FOLDER / f"{file}.py").read_text())
+    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = [getattr(node, "module", None) or node.names[0].name for node in imports]
+    of_torch = {"torch", "speed", "reference", "optuna"} | {path.stem for path in FOLDER.glob("*.py")} - {"devices"}
+    assert not of_torch & set(names[: names.index("devices")])
+
+
+def test_import_asks_no_network_and_warns_of_nothing():
+    code = (
+        "import socket, warnings; warnings.simplefilter('error')\n"
+        "def refuse(*a, **k): raise AssertionError('network used at import')\n"
+        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
+        "import utils, numpy\n"
+        "utils.get_train_transforms()(image=numpy.zeros((32, 32, 3), dtype='uint8'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr

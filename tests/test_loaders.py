@@ -1,7 +1,8 @@
-"""The loaders: contract, randomness between epochs and workers, and DataLoader arguments of older notebooks."""
+"""The loaders: contract, what may be changed on them, randomness between epochs and workers, DataLoader arguments."""
 
 import multiprocessing
 import os
+import pickle
 import signal
 import warnings
 
@@ -9,14 +10,22 @@ import albumentations as A
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 import utils
 
 ORIGINAL_KWARGS = {"batch_size": 256, "shuffle": True, "num_workers": 4, "pin_memory": True}
 
 
-def get(split="train", **kwargs):
-    return utils.get_CIFARdataset_with_loader(split, {"batch_size": 64, **kwargs}, dataset="digits")[1]
+def get(split="train", transforms=None, **kwargs):
+    return utils.get_CIFARdataset_with_loader(split, {"batch_size": 64} | kwargs, "digits", transforms=transforms)[1]
 
 
 def epoch(loader):
@@ -25,124 +34,210 @@ def epoch(loader):
     return torch.cat(images), torch.cat(labels)
 
 
-def augmented_only(**kwargs):
-    """A loader whose images show their augmentation and nothing else: all black but for the holes."""
-    transforms = A.Compose([A.CoarseDropout(hole_height_range=(4, 4), hole_width_range=(4, 4), fill=255, p=1)])
-    _, loader = utils.get_CIFARdataset_with_loader(
-        "train", {"batch_size": 64, "shuffle": False, **kwargs}, dataset="digits", transforms=transforms
-    )
-    loader.dataset.images = np.zeros_like(loader.dataset.images)
-    return loader
+def holes(p=1.0, number=1):
+    sizes = {"hole_height_range": (4, 4), "hole_width_range": (4, 4), "num_holes_range": (number, number)}
+    return A.Compose([A.CoarseDropout(**sizes, fill=255, p=p)])
 
 
 @pytest.mark.parametrize("split, size", [("train", 1437), ("test", 360)])
 def test_contract(split, size):
     class_to_idx, loader = utils.get_CIFARdataset_with_loader(split, {"batch_size": 100}, dataset="digits")
-    assert class_to_idx == {str(digit): digit for digit in range(10)}
+    assert class_to_idx == loader.dataset.class_to_idx == {str(digit): digit for digit in range(10)}
     assert len(loader) == -(-size // 100) and len(loader.dataset) == size and loader.batch_size == 100
     images, labels = next(iter(loader))
     assert images.shape == (100, 3, 32, 32) and images.dtype == torch.float32
     assert labels.shape == (100,) and labels.dtype == torch.int64
-    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert images.view(100, -1).shape == (100, 3072) and loader.dataset[0][0].view(-1).shape == (3072,)
 
 
 def test_test_images_are_the_files_normalised_and_in_order(digits):
     images, labels = epoch(get("test"))
-    pixels = np.stack([utils.get_image_from_tensor(image) for image in images])
-    assert np.array_equal(pixels, digits["test"].images) and np.array_equal(labels, digits["test"].labels)
+    expected = (digits["test"].images / 255 - np.array(utils.CIFAR10_MEAN)) / np.array(utils.CIFAR10_STD)
+    np.testing.assert_allclose(images.permute(0, 2, 3, 1), expected, atol=1e-5)
+    assert np.array_equal(labels, digits["test"].labels)
 
 
-def test_the_test_loader_shuffles_when_asked_to(digits):
-    _, labels = epoch(get("test", shuffle=True))
-    assert not np.array_equal(labels, digits["test"].labels)
-    assert np.array_equal(np.sort(labels), np.sort(digits["test"].labels))
-
-
-def test_the_training_loader_shuffles_unless_told_not_to(digits):
-    orders = [epoch(get())[1], epoch(get())[1], epoch(get(shuffle=False))[1]]
-    assert not np.array_equal(orders[0], orders[1])
-    assert np.array_equal(orders[2], digits["train"].labels)
-    assert all(np.array_equal(np.sort(order), np.sort(digits["train"].labels)) for order in orders)
-
-
-def test_labels_stay_with_their_images(digits):
-    """Shuffled, every image is still the one that the label belongs to."""
-    _, loader = utils.get_CIFARdataset_with_loader(
-        "train", {"batch_size": 64}, dataset="digits", transforms=utils.get_test_transforms()
-    )
+@pytest.mark.parametrize("split, shuffled", [("train", {}), ("train", {"shuffle": True}), ("test", {"shuffle": True})])
+def test_shuffling_keeps_each_label_with_its_image(digits, split, shuffled):
+    loader = get(split, transforms=utils.get_test_transforms(), **shuffled)
     images, labels = epoch(loader)
-    known = {image.tobytes(): label for image, label in zip(digits["train"].images, digits["train"].labels)}
+    known = {image.tobytes(): label for image, label in zip(digits[split].images, digits[split].labels)}
     assert all(known[utils.get_image_from_tensor(image).tobytes()] == label for image, label in zip(images, labels))
+    assert np.array_equal(np.bincount(labels), np.bincount(digits[split].labels))
+    assert not torch.equal(labels, epoch(loader)[1]) and not np.array_equal(labels, digits[split].labels)
+    assert np.array_equal(epoch(get(split, shuffle=False))[1], digits[split].labels)
+
+
+# ---- randomness ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_augmentations_differ_between_epochs_batches_and_images(num_workers):
+@pytest.mark.parametrize("number", [1, 2], ids=["as a batch", "by Albumentations"])
+def test_augmentations_differ_between_epochs_batches_and_images(num_workers, number):
+    """Albumentations by itself repeats what it draws at the same position of every epoch, in workers."""
     torch.manual_seed(0)
-    loader = augmented_only(num_workers=num_workers)
+    loader = get(transforms=holes(number=number), shuffle=False, num_workers=num_workers)
+    loader.dataset.images = np.zeros_like(loader.dataset.images)
     first, second = epoch(loader)[0], epoch(loader)[0]
-    same_place = (first == second).flatten(1).all(dim=1).float().mean()
-    assert same_place < 0.01  # 29 * 29 places for a hole: 0.1 % by chance
-    by_position = first[: 64 * 22].reshape(22, 64, -1)  # issue 266: the same position in every batch
+    assert (first == second).flatten(1).all(dim=1).float().mean() < 0.01  # 29 * 29 places: 0.1 % by chance
+    by_position = first[: 64 * 22].reshape(22, 64, -1)
     assert (by_position[1:] == by_position[0]).all(dim=2).float().mean() < 0.01
     assert len(first.flatten(1).unique(dim=0)) > 600
 
 
-@pytest.mark.parametrize("options", [{}, {"persistent_workers": False}, {"multiprocessing_context": "spawn"}], ids=str)
-def test_same_seed_same_batches_at_any_number_of_workers(options):
+def test_same_seed_same_batches_at_any_number_of_workers():
     def two_epochs(**kwargs):
         torch.manual_seed(7)
         loader = get(**kwargs)
         return [*epoch(loader), *epoch(loader), torch.rand(1)]  # and torch's generator is left in the same state
 
     expected = two_epochs(num_workers=0)
-    got = two_epochs(num_workers=2, **options)
-    assert all(torch.equal(a, b) for a, b in zip(expected, got))
+    for options in ({"num_workers": 1}, {"num_workers": 2, "persistent_workers": True}):
+        assert all(torch.equal(a, b) for a, b in zip(expected, two_epochs(**options)))
     torch.manual_seed(8)
-    assert not torch.equal(epoch(get(num_workers=0))[0], expected[0])
+    assert not torch.equal(epoch(get())[0], expected[0])
+
+
+def test_what_a_worker_gets_survives_the_way_to_it():
+    """Where workers are not forked, as under Windows, they get it pickled."""
+    loader = get()
+    dataset, collate = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
+    keys = next(iter(loader.batch_sampler))
+    batches = [collate(data.__getitems__(keys)) for data in (loader.dataset, dataset)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*batches))
+
+
+def test_epochs_follow_a_generator_of_the_users_own():
+    generator = torch.Generator()
+    first, second = (epoch(get(generator=generator.manual_seed(1)))[0] for _ in range(2))
+    torch.manual_seed(9)
+    assert torch.equal(first, second) and not torch.equal(first, epoch(get(generator=generator))[0])
+
+
+# ---- what may be changed ---------------------------------------------------------------------------------------------
+
+
+def flipped(dataset):
+    dataset.transforms.transforms.append(A.VerticalFlip(p=1))
+
+
+def inverted(dataset):
+    dataset.images[:] = 255 - dataset.images
+    dataset.labels[:] = 9 - dataset.labels
+
+
+def shortened(dataset):
+    dataset.data, dataset.targets = dataset.data[:100], dataset.targets[:100].tolist()
+
+
+def doubled(dataset):
+    dataset.images, dataset.labels = (np.concatenate([values] * 2) for values in (dataset.images, dataset.labels))
+
+
+# What is done to the data set; what its images and labels then are; whether they then have holes.
+CHANGES = {
+    "transforms": (lambda d: setattr(d, "transforms", holes()), lambda x, y: (x, y), True),
+    "torchvision's name for them": (lambda d: setattr(d, "transform", holes()), lambda x, y: (x, y), True),
+    "a probability": (lambda d: setattr(d.transforms[0], "p", 1.0), lambda x, y: (x, y), True),
+    "one more transform": (flipped, lambda x, y: (x[:, ::-1], y), False),
+    "arrays in place": (inverted, lambda x, y: (255 - x, 9 - y), False),
+    "images and labels": (doubled, lambda x, y: (np.concatenate([x, x]), np.concatenate([y, y])), False),
+    "torchvision's names for them both": (shortened, lambda x, y: (x[:100], y[:100]), False),
+}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_the_data_set_is_seen_in_the_next_epoch(digits, change, num_workers):
+    loader = get("test", transforms=holes(p=0.0), num_workers=num_workers, persistent_workers=True, batch_size=90)
+    data = loader.dataset
+    data.images, data.labels = data.images.copy(), data.labels.copy()
+    assert np.array_equal(epoch(loader)[0].permute(0, 2, 3, 1), digits["test"].images)
+    change, expected, with_holes = CHANGES[change]
+    change(data)
+    images, labels = epoch(loader)
+    expected_images, expected_labels = expected(digits["test"].images, digits["test"].labels)
+    assert np.array_equal(labels, expected_labels) and len(loader) == -(-len(expected_labels) // 90)
+    different = (images.permute(0, 2, 3, 1).numpy() != expected_images).any(axis=3)
+    share = different.any(axis=(1, 2)).mean()  # some holes are cut where the image is as white
+    assert (share > 0.95 if with_holes else share == 0) and different.sum(axis=(1, 2)).max() <= 4 * 4
+
+
+def test_labels_set_as_a_list_are_counted_in_int64():
+    loader = get("test")
+    loader.dataset.targets = [3] * 360
+    _, labels = epoch(loader)
+    assert labels.dtype == torch.int64 and set(labels.tolist()) == {3}
+
+
+@pytest.mark.parametrize("within_batches", [False, True])
+def test_a_distributed_sampler_gets_its_epoch(within_batches):
+    data = get("test").dataset
+    sampler = DistributedSampler(data, num_replicas=2, rank=1, seed=3)
+    if within_batches:
+        loader = get("test", batch_size=1, batch_sampler=BatchSampler(sampler, 32, drop_last=False))
+        set_epoch = loader.batch_sampler.sampler.set_epoch
+    else:
+        loader = get("test", sampler=sampler)
+        set_epoch = loader.sampler.set_epoch
+    orders = []
+    for number in (0, 1):
+        set_epoch(number)
+        by_hand = DistributedSampler(data, num_replicas=2, rank=1, seed=3)
+        by_hand.set_epoch(number)
+        orders.append(list(by_hand))
+        assert epoch(loader)[1].tolist() == data.labels[orders[-1]].tolist()
+    assert orders[0] != orders[1] and len(orders[0]) == 180
+
+
+def test_a_samplers_attributes_can_be_read_and_set():
+    sampler = WeightedRandomSampler(torch.eye(360)[0], 40)
+    loader = get("test", sampler=sampler)
+    assert loader.sampler.num_samples == 40 and loader.sampler.replacement
+    loader.sampler.weights = torch.eye(360)[7]
+    assert set(epoch(loader)[1].tolist()) == {int(loader.dataset.labels[7])} and sampler.weights[7] == 1
+    with pytest.raises(AttributeError):
+        loader.sampler.set_epoch(1)
+
+
+# ---- DataLoader's arguments ------------------------------------------------------------------------------------------
 
 
 def test_kwargs_of_the_original_notebook_without_a_warning(monkeypatch):
+    kwargs = dict(ORIGINAL_KWARGS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        images, labels = epoch(get(**ORIGINAL_KWARGS))
-    assert len(images) == len(labels) == 1437
+        images, labels = epoch(get(**kwargs))
+    assert len(images) == len(labels) == 1437 and kwargs == ORIGINAL_KWARGS
     monkeypatch.setattr(utils.os, "sched_getaffinity", lambda _: {0}, raising=False)
-    assert get(**ORIGINAL_KWARGS).num_workers == 1  # no more workers than cores
+    assert get(**kwargs).num_workers == 1  # no more workers than cores
 
 
-def test_workers_outlive_the_stop_button():
-    """Jupyter sends its interrupt to the kernel's whole process group."""
+def test_an_epoch_can_be_started_again_after_the_stop_button():
+    """Jupyter sends its interrupt to the kernel's whole process group; the stopped cell's loop stays where it was."""
     of_other_tests = multiprocessing.active_children()
     loader = get(num_workers=2)
-    images, _ = epoch(loader)
+    stopped = iter(loader)
+    next(stopped)
     workers = [child for child in multiprocessing.active_children() if child not in of_other_tests]
     assert len(workers) == loader.num_workers > 0
     for worker in workers:
         os.kill(worker.pid, signal.SIGINT)
-        worker.join(0.5)
-    assert epoch(loader)[0].shape == images.shape
-
-
-def test_kwargs_are_not_changed():
-    kwargs = dict(ORIGINAL_KWARGS)
-    utils.get_CIFARdataset_with_loader("test", kwargs, dataset="digits")
-    assert kwargs == ORIGINAL_KWARGS
+    assert len(epoch(loader)[0]) == 1437
+    del stopped
+    assert not [child for child in multiprocessing.active_children() if child not in of_other_tests]
 
 
 def test_other_dataloader_arguments():
     assert len(get(drop_last=True)) == 22
-    sampler = torch.utils.data.SubsetRandomSampler(range(10))
-    assert len(epoch(get(sampler=sampler))[1]) == 10
+    assert len(epoch(get(sampler=SubsetRandomSampler(range(10))))[1]) == 10
     batches = [[3, 1, 2], [7]]
-    _, loader = utils.get_CIFARdataset_with_loader("test", {"batch_sampler": batches}, dataset="digits")
+    loader = get("test", batch_size=1, batch_sampler=batches)
     assert [labels.tolist() for _, labels in loader] == [loader.dataset.labels[batch].tolist() for batch in batches]
-    collated = next(
-        iter(get(collate_fn=lambda samples: [(tuple(image.shape), int(label)) for image, label in samples]))
-    )
-    assert len(collated) == 64 and collated[0][0] == (3, 32, 32)
-    generator = torch.Generator()
-    orders = [epoch(get(generator=generator.manual_seed(1)))[0] for _ in range(2)]
-    assert torch.equal(*orders)
+    shapes = next(iter(get(collate_fn=lambda samples: [(tuple(image.shape), type(label)) for image, label in samples])))
+    assert shapes == [((3, 32, 32), int)] * 64
+    single, _ = next(iter(get(batch_size=None)))
+    assert single.shape == (3, 32, 32)
 
 
 def test_a_single_sample_and_a_subset_of_the_data_set():
@@ -150,10 +245,25 @@ def test_a_single_sample_and_a_subset_of_the_data_set():
     image, label = data[5]
     assert image.shape == (3, 32, 32) and label == data.labels[5] and isinstance(label, int)
     assert not all(torch.equal(image, data[5][0]) for _ in range(60))  # a new draw each time
-    subset = torch.utils.data.Subset(data, [4, 2])
     for workers in (0, 1):  # a user's own loader, with torch's default collate_fn
-        images, labels = next(iter(torch.utils.data.DataLoader(subset, batch_size=2, num_workers=workers)))
+        images, labels = next(iter(DataLoader(Subset(data, [4, 2]), batch_size=2, num_workers=workers)))
         assert images.shape == (2, 3, 32, 32) and labels.tolist() == data.labels[[4, 2]].tolist()
         assert labels.dtype == torch.int64
-    single, _ = next(iter(get(batch_size=None)))
-    assert single.shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        ({"datasettype": "valid"}, ValueError, "unknown split 'valid'.*'train' and 'test'"),
+        ({"dataset": "mnist"}, ValueError, "unknown dataset 'mnist'.*'cifar10' and 'digits'"),
+        ({"kwargs": {"batchsize": 64}}, TypeError, "batchsize"),
+        ({"kwargs": {"batch_size": 0}}, ValueError, "batch_size.*0"),
+        ({"kwargs": {"sampler": [1, 2], "shuffle": True}}, ValueError, "shuffle=True beside a sampler"),
+        ({"kwargs": {"batch_sampler": [[1], [2]], "shuffle": True}}, ValueError, "shuffle=True beside a sampler"),
+        ({"transforms": utils.get_train_transforms}, TypeError, "function.*Compose"),
+        ({"transforms": [A.HorizontalFlip()]}, TypeError, "list.*Compose"),
+    ],
+)
+def test_refused(arguments, error, words):
+    with pytest.raises(error, match=words):
+        utils.get_CIFARdataset_with_loader(**{"datasettype": "test", "dataset": "digits"} | arguments)

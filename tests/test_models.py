@@ -1,134 +1,216 @@
-"""The network: parameters, the torchsummary table, and the rules of the assignment, each read off the modules."""
+"""The networks: each layer, parameters and receptive field, the rules of the assignment, and heads that people change.
 
+After a change of a layer one test shows what was expected and found, layer by layer. If the change is meant, put what
+was found into TABLE and PARAMETERS here.
+"""
+
+import itertools
 import re
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torchsummary import summary
+from torchvision.models.feature_extraction import create_feature_extractor
 
+import models
 from models import Model, receptive_field
+from recipes import RECIPES
 
-# DESIGN table: in, out, kernel, stride, padding, dilation, groups, output side, receptive field, jump, summary row
-TABLE = [
-    (3, 16, 3, 1, 0, 1, 1, 30, 3, 1, "Conv2d-1"),
-    (16, 32, 3, 1, 1, 1, 1, 30, 5, 1, "Conv2d-5"),
-    (32, 48, 3, 1, 0, 2, 1, 26, 9, 1, "Conv2d-9"),
-    (48, 32, 3, 2, 1, 1, 1, 13, 11, 2, "Conv2d-13"),
-    (32, 64, 3, 1, 1, 1, 1, 13, 15, 2, "Conv2d-17"),
-    (64, 96, 3, 1, 1, 1, 1, 13, 19, 2, "Conv2d-21"),
-    (96, 64, 1, 1, 0, 1, 1, 13, 19, 2, "Conv2d-25"),
-    (64, 32, 3, 2, 1, 1, 1, 7, 23, 4, "Conv2d-26"),
-    (32, 64, 3, 1, 1, 1, 32, 7, 31, 4, "Conv2d-30"),
-    (64, 128, 3, 1, 1, 1, 64, 7, 39, 4, "Conv2d-34"),
-    (128, 64, 1, 1, 0, 1, 1, 7, 39, 4, "Conv2d-38"),
-    (64, 64, 3, 2, 1, 1, 1, 4, 47, 8, "Conv2d-39"),
-    (64, 128, 3, 1, 1, 1, 64, 4, 63, 8, "Conv2d-43"),
-    (128, 256, 3, 1, 1, 1, 128, 4, 79, 8, "Conv2d-47"),
-    (256, 256, 3, 1, 1, 1, 256, 4, 95, 8, "Conv2d-51"),
-    (256, 52, 1, 1, 0, 1, 1, 4, 95, 8, "Conv2d-55"),
-]
+NETWORKS = sorted({recipe["model"] for recipe in RECIPES.values()})
+PARAMETERS = {"Model": 199_810, "SeparableResNet": 198_938}
+# Channels in and out, kernel, stride, padding, dilation, groups; side and receptive field of the output
+COLUMNS = ("in", "out", "k", "s", "p", "d", "g", "size", "rf")
+TABLE = {
+    "Model": {
+        "C1.0.conv": (3, 16, 3, 1, 0, 1, 1, 30, 3),
+        "C1.1.conv": (16, 32, 3, 1, 1, 1, 1, 30, 5),
+        "C1.2.conv": (32, 48, 3, 1, 0, 2, 1, 26, 9),
+        "C1.3.conv": (48, 32, 3, 2, 1, 1, 1, 13, 11),
+        "C2.0.conv": (32, 64, 3, 1, 1, 1, 1, 13, 15),
+        "C2.1.conv": (64, 96, 3, 1, 1, 1, 1, 13, 19),
+        "C2.2": (96, 64, 1, 1, 0, 1, 1, 13, 19),
+        "C2.3.conv": (64, 32, 3, 2, 1, 1, 1, 7, 23),
+        "C3.0.conv": (32, 64, 3, 1, 1, 1, 32, 7, 31),
+        "C3.1.conv": (64, 128, 3, 1, 1, 1, 64, 7, 39),
+        "C3.2": (128, 64, 1, 1, 0, 1, 1, 7, 39),
+        "C3.3.conv": (64, 64, 3, 2, 1, 1, 1, 4, 47),
+        "C4.0.conv": (64, 128, 3, 1, 1, 1, 64, 4, 63),
+        "C4.1.conv": (128, 256, 3, 1, 1, 1, 128, 4, 79),
+        "C4.2.conv": (256, 256, 3, 1, 1, 1, 256, 4, 95),
+        "C4.3": (256, 52, 1, 1, 0, 1, 1, 4, 95),
+        "classifier": (52, 10, 1, 1, 0, 1, 1, 1, "all"),
+    },
+    "SeparableResNet": {
+        "C1.0.0": (3, 16, 3, 1, 1, 1, 1, 32, 3),
+        "C1.1.branch.0.0": (16, 16, 3, 1, 2, 2, 1, 32, 7),
+        "C1.1.branch.1.0": (16, 16, 3, 1, 1, 1, 1, 32, 9),
+        "C1.2.0": (16, 64, 3, 2, 1, 1, 1, 16, 11),
+        "C2.0.branch.0.0": (64, 64, 3, 1, 1, 1, 1, 16, 15),
+        "C2.0.branch.1.0": (64, 64, 3, 1, 1, 1, 1, 16, 19),
+        "C2.1.0": (64, 128, 3, 2, 1, 1, 4, 8, 23),
+        "C3.0.branch.0.0": (128, 128, 3, 1, 1, 1, 128, 8, 31),
+        "C3.0.branch.0.1.0": (128, 128, 1, 1, 0, 1, 1, 8, 31),
+        "C3.0.branch.1.0": (128, 128, 3, 1, 1, 1, 128, 8, 39),
+        "C3.0.branch.1.1.0": (128, 128, 1, 1, 0, 1, 1, 8, 39),
+        "C3.1.0": (128, 128, 3, 2, 1, 1, 4, 4, 47),
+        "C4.0.branch.0.0": (128, 128, 3, 1, 1, 1, 128, 4, 63),
+        "C4.0.branch.0.1.0": (128, 128, 1, 1, 0, 1, 1, 4, 63),
+    },
+}
 
 
-@pytest.fixture(scope="module")
-def model():
+def build(network, *arguments):
     torch.manual_seed(0)
-    return Model().eval()
+    return getattr(models, network)(*arguments).eval()
 
 
-def parameters_of(module):
-    return sum(parameter.numel() for parameter in module.parameters())
+def running(network):
+    """The network, if it runs; if not, the table says so, and the other tests are skipped."""
+    try:
+        model = build(network)
+        model(torch.zeros(1, 3, 32, 32))
+        return model
+    except Exception as error:
+        if network not in TABLE:
+            raise
+        pytest.skip(f"{network} does not run: {error}")
 
 
-def convolutions(module):
-    return [m for m in module.modules() if isinstance(m, nn.Conv2d)]
+def parameters_of(model):
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
-# Counted by hand: 9 * in * out (9 * out where depthwise, in * out where 1x1), and 2 * out for each BatchNorm.
-@pytest.mark.parametrize(
-    "block, by_hand",
-    [
-        ("C1", 9 * (3 * 16 + 16 * 32 + 32 * 48 + 48 * 32) + 2 * (16 + 32 + 48 + 32)),
-        ("C2", 9 * (32 * 64 + 64 * 96 + 64 * 32) + 96 * 64 + 2 * (64 + 96 + 32)),
-        ("C3", 9 * (64 + 128 + 64 * 64) + 128 * 64 + 2 * (64 + 128 + 64)),
-        ("C4", 9 * (128 + 256 + 256) + 256 * 52 + 2 * (128 + 256 + 256)),
-        ("classifier", 52 * 10 + 10),
-    ],
-)
-def test_parameters_of_each_block(model, block, by_hand):
-    assert parameters_of(getattr(model, block)) == by_hand
+def changes(network):
+    """What differs from TABLE and PARAMETERS, as a text of one screen; empty if nothing does."""
+    expected, found, trouble = TABLE[network], {}, []
+    try:
+        model = build(network)
+    except Exception as error:
+        return f"{network} cannot be made: {error!r}"
+    try:
+        rows = receptive_field(model)
+        total, seen = rows.total, {row.name: (row.size, row.receptive_field or "all") for row in rows}
+    except (RuntimeError, ValueError) as error:
+        total, seen, trouble = "?", {}, [f"It does not run: {error}"]
+    for name, conv in model.named_modules():
+        if isinstance(conv, nn.Conv2d):
+            sides = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+            geometry = conv.in_channels, conv.out_channels, *(side[0] for side in sides), conv.groups
+            found[name] = (*geometry, *seen.get(name, ("?", "?")))
+    field = max(row[-1] for row in expected.values() if row[-1] != "all")
+    if found == expected and (parameters_of(model), total) == (PARAMETERS[network], field):
+        return ""
+    cells = "{:>4}{:>4}{:>3}{:>3}{:>3}{:>3}{:>4}{:>6}{:>4}".format
+    lines = [f"  {'layer':19}{cells(*COLUMNS)}   |{cells(*COLUMNS)}"]
+    for name in sorted({*expected, *found}):
+        then, now = (table.get(name, ("-",) * len(COLUMNS)) for table in (expected, found))
+        new = ("." if new == old else new for old, new in zip(then, now))
+        lines.append(f"{' ' if then[:-2] == now[:-2] else '>'} {name:19}{cells(*then)}   |{cells(*new)}")
+    return "\n".join(
+        [
+            f"{network} has changed. Expected, and what is found instead; > marks a changed layer.",
+            *trouble,
+            *lines,
+            f"  parameters: expected {PARAMETERS[network]:,}, found {parameters_of(model):,} (must be below 200,000)",
+            f"  receptive field: expected {field}, found {total} (must be above 44)",
+            "(kernel, stride, padding, dilation, groups; side and receptive field of the output)",
+            "If the change is meant, put what is found into TABLE and PARAMETERS in tests/test_models.py.",
+        ]
+    )
 
 
-def test_parameters_in_total(model):
-    assert parameters_of(model) == 199_810 < 200_000
+@pytest.mark.parametrize("network", TABLE)
+def test_layers_are_those_of_the_table(network):
+    if report := changes(network):
+        pytest.fail(report, pytrace=False)
 
 
-def test_every_convolution_is_the_one_of_the_table(model):
-    found = [
-        (c.in_channels, c.out_channels, c.kernel_size[0], c.stride[0], c.padding[0], c.dilation[0], c.groups)
-        for c in convolutions(model)
-    ]
-    assert found[:-1] == [row[:7] for row in TABLE]
-    assert found[-1] == (52, 10, 1, 1, 0, 1, 1)
-    assert [c.bias is not None for c in convolutions(model)] == [False] * len(TABLE) + [True]
+@pytest.mark.parametrize("network", NETWORKS)
+def test_rules_of_the_assignment(network):
+    model = running(network)
+    rows, modules = receptive_field(model), dict(model.named_modules())
+    convolutions = {row.name: modules[row.name] for row in rows if isinstance(modules.get(row.name), nn.Conv2d)}
+    ends = [[name for name in convolutions if name.startswith(f"C{block}.")][-1] for block in (1, 2, 3, 4)]
+    pools = [position for position, row in enumerate(rows) if row.name not in convolutions]
+    in_order = list(convolutions.values())
+    depthwise = [conv.kernel_size != (1, 1) and conv.groups == conv.in_channels > 1 for conv in in_order]
+    pointwise = [conv.kernel_size == (1, 1) and conv.groups == 1 for conv in in_order]
+    rules = {
+        "fewer than 200,000 parameters": parameters_of(model) < 200_000,
+        "C1, C2 and C3 end in a 3x3 convolution of stride 2, and no other step has a stride": (
+            [(row.name, row.kernel, row.stride) for row in rows if row.stride > 1] == [(end, 3, 2) for end in ends[:3]]
+        ),
+        "no pooling but one over the whole image, after C4": (
+            len(pools) == 1 and rows[pools[0]].receptive_field is None and rows[pools[0] - 1].name == ends[3]
+        ),
+        "a dilated layer": any(row.dilation > 1 for row in rows),
+        "a depthwise convolution, then a 1x1 convolution": any(
+            first and second for first, second in zip(depthwise, pointwise[1:])
+        ),
+        "a receptive field above 44": rows.total > 44,
+    }
+    if broken := [rule for rule, kept in rules.items() if not kept]:
+        pytest.fail(f"{network} breaks the rule: {'; '.join(broken)}", pytrace=False)
 
 
-def test_a_layer_is_conv_relu_batchnorm_dropout(model):
-    layer = model.C1[0]
-    assert [type(m).__name__ for m in layer] == ["Conv2d", "ReLU", "BatchNorm2d", "Dropout"]
-    assert Model(dropout_value=0.05).C1[0].dropout.p == 0.05 and Model().C1[0].dropout.p == 0.01
+@pytest.mark.parametrize("network", NETWORKS)
+def test_torchsummary_lists_the_layers_under_the_names_of_the_rows(network, capsys):
+    model = running(network)
+    summary(model, input_size=(3, 32, 32), device="cpu")
+    printed = re.findall(r"^\s*(\w+-\d+)\s+\[-1, \d+, (\d+), \d+\]", capsys.readouterr().out, re.MULTILINE)
+    rows = receptive_field(model)
+    assert {(row.summary_row, str(row.size)) for row in rows} <= set(printed) and len(rows) > 10
+    if network == "Model" and not changes(network):
+        layer = ["Conv2d", "ReLU", "BatchNorm2d", "Dropout"]
+        kinds = 4 * layer + 2 * layer + ["Conv2d"] + layer + 2 * layer + ["Conv2d"] + layer + 3 * layer + ["Conv2d"]
+        kinds += ["AdaptiveAvgPool2d", "Conv2d"]  # the 57 rows of the original table
+        names = [f"{kind}-{number}" for number, kind in enumerate(kinds, start=1)]
+        pairs = itertools.zip_longest((name for name, _ in printed), names)
+        assert not [(found, expected) for found, expected in pairs if found != expected][:3]
 
 
-def test_torchsummary_prints_the_57_rows(capsys):
-    summary(Model(), input_size=(3, 32, 32), device="cpu")
-    printed = capsys.readouterr().out
-    rows = re.findall(r"^\s*(\w+-\d+)\s+\[-1, (\d+), (\d+), \d+\]", printed, re.MULTILINE)
-    layer = ["Conv2d", "ReLU", "BatchNorm2d", "Dropout"]
-    kinds = 4 * layer + 2 * layer + ["Conv2d"] + layer + 2 * layer + ["Conv2d"] + layer + 3 * layer + ["Conv2d"]
-    kinds += ["AdaptiveAvgPool2d", "Conv2d"]
-    assert [name for name, _, _ in rows] == [f"{kind}-{number}" for number, kind in enumerate(kinds, start=1)]
-    assert len(rows) == 57 and "Total params: 199,810" in printed
-    sides = {name: (int(channels), int(side)) for name, channels, side in rows}
-    assert all(sides[row[10]] == (row[1], row[7]) for row in TABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(7, 7), (31, 33), (64, 96)])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_output_is_log_probabilities_of_images_of_any_size(network, size, dtype):
+    output = running(network).to(dtype)(torch.randn(3, 3, *size, dtype=dtype))
+    assert output.shape == (3, 10) and output.dtype == torch.float32
+    torch.testing.assert_close(output.exp().sum(dim=1), torch.ones(3))
 
 
-def test_rules_of_the_assignment(model):
-    blocks = [model.C1, model.C2, model.C3, model.C4]
-    pools = [m for m in model.modules() if "Pool" in type(m).__name__]
-    assert [type(pool) for pool in pools] == [nn.AdaptiveAvgPool2d] and pools[0].output_size == 1
-    assert [convolutions(block)[-1].stride for block in blocks[:3]] == [(2, 2)] * 3  # C1 to C3 end in a stride
-    assert any(c.dilation == (2, 2) for c in convolutions(model.C1))
-    for block in (model.C3, model.C4):  # depthwise, then the pointwise half
-        depthwise = [c for c in convolutions(block) if c.groups == c.in_channels]
-        assert depthwise and any(c.kernel_size == (1, 1) and c.groups == 1 for c in convolutions(block))
-    assert receptive_field(model).total > 44
+@pytest.mark.parametrize("network, features", [("Model", 52), ("SeparableResNet", 128)])
+def test_arguments(network, features):
+    running(network)
+    model = build(network, 0.25, 3)
+    assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.25}
+    assert parameters_of(build(network)) - parameters_of(model) == 7 * (features + 1)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+    assert Model().C1[0].dropout.p == 0.01
 
 
-def test_output_is_log_probabilities(model):
-    output = model(torch.randn(5, 3, 32, 32))
-    assert output.shape == (5, 10) and output.dtype == torch.float32
-    torch.testing.assert_close(output.exp().sum(dim=1), torch.ones(5))
+def heads(model):
+    """Other classifiers that people put in place of the network's own."""
+    features = model.state_dict()["classifier.weight"].shape[1]
+    linear = isinstance(model.classifier, nn.Linear)
+    five = nn.Linear(features, 5) if linear else nn.Conv2d(features, 5, 1)
+    return [(nn.Identity(), features), (five, 5), (nn.Sequential(nn.Dropout(0.5), five), 5)]
 
 
-@pytest.mark.parametrize("size", [(7, 7), (31, 33), (64, 64), (96, 128)])
-def test_other_input_sizes(model, size):
-    assert model(torch.randn(2, 3, *size)).shape == (2, 10)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_other_heads(network):
+    model, images = running(network), torch.randn(2, 3, 32, 32)
+    for head, outputs in heads(model):
+        model.classifier = head.eval()
+        assert model(images).shape == (2, outputs)
+        assert receptive_field(model).total > 44
 
 
-def test_same_function_as_layers_of_torch(model):
-    """Our Conv2d and Dropout change how a CPU computes, not what."""
-    plain = Model().eval()
-    plain.load_state_dict(model.state_dict())
-    for module in plain.modules():
-        if isinstance(module, nn.Conv2d):
-            module.__class__ = nn.Conv2d
-    images = torch.randn(4, 3, 32, 32)
-    torch.testing.assert_close(model(images), plain(images))
-
-
-def test_state_dict_goes_there_and_back(model, tmp_path):
-    torch.save(model.state_dict(), tmp_path / "weights.pt")
-    other = Model()
-    other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(other.eval()(images), model(images))
+@pytest.mark.parametrize("network", NETWORKS)
+def test_torch_fx_takes_the_network_apart(network):
+    model, images = running(network), torch.randn(2, 3, 32, 32)
+    output = model(images)
+    torch.testing.assert_close(fx.symbolic_trace(model)(images), output)
+    parts = create_feature_extractor(model, {"C3": "features", "log_softmax": "scores"})(images)
+    torch.testing.assert_close(parts["features"], model.C3(model.C2(model.C1(images))))
+    torch.testing.assert_close(parts["scores"], output)

@@ -1,5 +1,6 @@
 """The plots of utils.py against independent truth: scikit-learn, NumPy, arithmetic done here, the images themselves."""
 
+import copy
 import errno
 import os
 import re
@@ -7,27 +8,30 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import albumentations
+import IPython.display
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from PIL import Image
 from sklearn.metrics import confusion_matrix, recall_score
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset, WeightedRandomSampler
 
-import models
 import utils
+from models import receptive_field
 
 NAMES = "zero one two three four five six seven eight nine".split()  # in the order of the labels, which is not the
 LABEL_MAP = {NAMES[label]: label for label in reversed(range(10))}  # alphabet's, nor that of the map
 HISTORY = ([2.0, 1.5, 1.2, 1.0], [1.9, 1.6, 1.1, 1.3], [30.0, 40.0, 55.0, 60.0], [35.0, 58.25, 58.25, 50.0])
+SIZE_5 = nn.Sequential(nn.Conv2d(3, 1, 5, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 @pytest.fixture(autouse=True)
 def figures_closed():
-    plt.switch_backend("agg")
     yield
     plt.close("all")
 
@@ -36,28 +40,24 @@ def loader(split, transforms=None, **kwargs):
     return utils.get_CIFARdataset_with_loader(split, {"batch_size": 32} | kwargs, "digits", transforms=transforms)[1]
 
 
-def predictions(model, test_loader):
-    """(true, predicted, wrong): arrays of labels, and a list as `utils.test` returns it, made without `utils.test`."""
-    with torch.no_grad():
-        batches = [(images, labels, model(images).argmax(1)) for images, labels in test_loader]
-    images, true, predicted = (torch.cat(parts) for parts in zip(*batches))
-    wrong = [(i, int(t), int(p)) for i, t, p in zip(images, true, predicted) if t != p]
-    return true.numpy(), predicted.numpy(), wrong
-
-
 @pytest.fixture(scope="module")
-def digits():
-    """The digits sample, and a model that is right nine times in ten: it prefers the class whose mean is nearest."""
-    plain, test_loader = loader("train", utils.get_test_transforms()), loader("test")  # plain: not augmented
+def world():
+    """The digits sample, and a model that is right nine times in ten: it prefers the class whose mean is nearest.
+
+    `wrong` is a list as `utils.test` returns it, made without `utils.test`.
+    """
+    train_loader, test_loader = loader("train", utils.get_test_transforms()), loader("test")  # not augmented
     means = torch.zeros(10, 3072)
-    for images, labels in plain:
+    for images, labels in train_loader:
         means.index_add_(0, labels, images.flatten(1))
-    means /= torch.bincount(torch.from_numpy(plain.dataset.labels))[:, None]
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    means /= torch.bincount(torch.from_numpy(train_loader.dataset.labels))[:, None]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).requires_grad_(False)
     model[1].weight.data, model[1].bias.data = means / 200, -(means**2).sum(1) / 400
-    true, predicted, wrong = predictions(model, test_loader)
+    images, true = (torch.cat(parts) for parts in zip(*test_loader))
+    predicted = model(images).argmax(1)
+    wrong = [(i, int(t), int(p)) for i, t, p in zip(images, true, predicted) if t != p]
     return SimpleNamespace(
-        plain=plain, test_loader=test_loader, model=model, true=true, predicted=predicted, wrong=wrong
+        train_loader=train_loader, test_loader=test_loader, model=model, true=true, predicted=predicted, wrong=wrong
     )
 
 
@@ -71,66 +71,97 @@ def close(pixels, image):
     return pixels.shape == image.shape and np.abs(pixels.astype(int) - image).max() <= 1
 
 
-CONVOLUTION = nn.Sequential(nn.Conv2d(3, 1, 5, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-PLOTS = {
-    "display": lambda s, path: utils.post_display(s.plain, LABEL_MAP, path=path),
-    "augmentations": lambda s, path: utils.post_augmentations(s.plain, path=path),
-    "accuracyplots": lambda s, path: utils.post_accuracyplots(*HISTORY, path=path),
-    "misclassified": lambda s, path: utils.post_misclassified(s.wrong, LABEL_MAP, s.model, path=path),
-    "confusion_matrix": lambda s, path: utils.post_confusion_matrix(s.wrong, s.test_loader, LABEL_MAP, path=path),
-    "receptive_field": lambda s, path: utils.post_receptive_field(
-        CONVOLUTION, models.receptive_field(CONVOLUTION), path=path
-    ),
+# --- What all have in common ------------------------------------------------------------------------------------------
+
+BY_LABEL_MAP = {
+    "display": lambda w, names, **options: utils.post_display(w.test_loader, names, **options),
+    "misclassified": lambda w, names, **options: utils.post_misclassified(w.wrong, names, w.model, **options),
+    "showmisclassified": lambda w, names, **options: utils.showmisclassifiedsamples(w.wrong, names, **options),
+    "confusion": lambda w, names, **options: utils.post_confusion_matrix(w.wrong, w.test_loader, names, **options),
+}
+PLOTS = BY_LABEL_MAP | {
+    "augmentations": lambda w, _, **options: utils.post_augmentations(w.train_loader, **options),
+    "accuracyplots": lambda w, _, **options: utils.post_accuracyplots(*HISTORY, **options),
+    "receptive_field": lambda w, _, **options: utils.post_receptive_field(SIZE_5, receptive_field(SIZE_5), **options),
 }
 
 
-@pytest.mark.parametrize("plot", PLOTS.values(), ids=PLOTS)
-def test_saves_a_whole_png_or_leaves_the_old_file(plot, digits, tmp_path):
+@pytest.mark.parametrize("plot", PLOTS)
+def test_saves_a_png_whatever_folders_are_called(plot, world, tmp_path, monkeypatch):
+    names = ["$5_$10", "a$b^$c", r"\$x_$", "100 % {x}_y", "$$", *NAMES[5:]]
+    for data in (world.train_loader.dataset, world.test_loader.dataset):
+        monkeypatch.setattr(data, "name", "images of $5_$10")
+        monkeypatch.setattr(data, "classes", tuple(names))
+    title = {"title": names[0]} if plot not in ("display", "augmentations", "receptive_field") else {}
+    PLOTS[plot](world, names, path=str(tmp_path / "plot.png"), **title)  # to draw it is to parse the dollar signs
+    assert os.listdir(tmp_path) == ["plot.png"]
+    with Image.open(tmp_path / "plot.png") as image:
+        assert image.format == "PNG" and min(image.size) > 300 and len(np.unique(image)) > 10
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
     path = tmp_path / "plot.png"
     path.write_bytes(b"old")
     full = OSError(errno.ENOSPC, "No space left on device")
     with patch("os.replace", side_effect=full), pytest.raises(OSError, match="No space left"):
-        plot(digits, path)
+        utils.post_accuracyplots(*HISTORY, path=path)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["plot.png"]
 
-    assert isinstance(plot(digits, str(path)), Figure)
-    assert os.listdir(tmp_path) == ["plot.png"]
-    with Image.open(path) as image:
-        assert image.format == "PNG" and min(image.size) > 300 and len(np.unique(image)) > 10
+
+@pytest.mark.parametrize("plot", BY_LABEL_MAP.values(), ids=BY_LABEL_MAP)
+def test_both_directions_of_a_label_map_name_the_same(plot, world):
+    back = dict(sorted((label, name) for name, label in LABEL_MAP.items()))
+    there, back = ([text.get_text() for text in plot(world, names).findobj(plt.Text)] for names in (LABEL_MAP, back))
+    assert there == back and sum(any(name in text for name in NAMES) for text in there) >= 10
 
 
-@pytest.mark.parametrize("prepare", [torch.clone, torch.Tensor.requires_grad_, torch.Tensor.double])
-def test_image_from_tensor_inverts_the_normalisation(prepare):
-    original = np.random.default_rng(0).integers(0, 256, (32, 24, 3), np.uint8)
-    tensor = prepare(utils.get_test_transforms()(image=original)["image"])
-    before = tensor.detach().clone()
-    image = utils.get_image_from_tensor(tensor)
-    assert image.dtype == np.uint8 and close(image, original)
-    image[:] = 0  # neither the call nor the use of its result reaches the input
-    assert torch.equal(tensor.detach(), before)
+@pytest.mark.parametrize(
+    "label_map",
+    [
+        {name: label + 1 for name, label in LABEL_MAP.items()},
+        {2 * label: name for name, label in LABEL_MAP.items()},
+        {name: label // 2 for name, label in LABEL_MAP.items()},
+        [*NAMES[:9], "zero"],
+        NAMES[:5],
+    ],
+    ids=["from 1", "gaps", "repeated labels", "repeated names", "too few"],
+)
+@pytest.mark.parametrize("plot", BY_LABEL_MAP.values(), ids=BY_LABEL_MAP)
+def test_label_maps_that_do_not_name_the_classes_are_refused(plot, label_map, world):
+    with pytest.raises(ValueError, match=r"each label|name twice|labels up to"):
+        plot(world, label_map)
 
 
-def test_image_from_tensor_clips_instead_of_wrapping():
-    tensor = torch.full((3, 2, 2), 9.0)
-    assert (utils.get_image_from_tensor(tensor) == 255).all() and (utils.get_image_from_tensor(-tensor) == 0).all()
+# --- Pictures ---------------------------------------------------------------------------------------------------------
 
 
-def test_display_shows_16_samples_under_their_own_class(digits):
-    figure, data = utils.post_display(digits.plain, LABEL_MAP), digits.plain.dataset
+@given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(3))))
+@settings(deadline=None, max_examples=50)
+def test_pixels_survive_normalisation_and_back(pixels):
+    normalised = utils.get_test_transforms()(image=pixels)["image"]
+    before = normalised.clone()
+    for tensor in (normalised, normalised.double(), normalised.requires_grad_()):
+        image = utils.get_image_from_tensor(tensor)
+        assert image.dtype == np.uint8 and np.array_equal(image, pixels)
+        image[:] = 0  # neither the call nor the use of its result reaches the input
+    assert torch.equal(normalised, before)
+
+
+@given(hnp.arrays(np.float32, (3, 4, 5), elements=st.floats(-(2.0**100), 2.0**100, width=32)))
+@settings(deadline=None, max_examples=50)
+def test_pixels_are_clipped_and_do_not_wrap(image):
+    pixels = utils.get_image_from_tensor(torch.from_numpy(image))
+    bright, dark = image.transpose(1, 2, 0) > 10, image.transpose(1, 2, 0) < -10
+    assert (pixels[bright] == 255).all() and (pixels[dark] == 0).all()
+
+
+def test_display_shows_16_samples_under_their_own_class(world):
+    figure, data = utils.post_display(world.train_loader, LABEL_MAP), world.train_loader.dataset
     cells = shown(figure)
-    assert len(cells) == 16 and len({pixels.tobytes() for pixels, _ in cells}) == 16
-    assert data.name in figure.get_suptitle()
+    assert len(cells) == 16 == len({pixels.tobytes() for pixels, _ in cells}) and data.name in figure.get_suptitle()
     for pixels, title in cells:
         (same,) = np.flatnonzero(np.abs(data.images.astype(int) - pixels).max(axis=(1, 2, 3)) <= 1)
         assert title == NAMES[data.labels[same]]
-
-
-def test_label_maps_of_both_directions_name_the_same(digits):
-    there, back = LABEL_MAP, {label: name for name, label in LABEL_MAP.items()}
-    titles = [
-        [axis.get_title() for axis in utils.post_display(digits.test_loader, names).axes] for names in (there, back)
-    ]
-    assert titles[0] == titles[1]
 
 
 def test_display_of_a_batch_of_three():
@@ -139,14 +170,19 @@ def test_display_of_a_batch_of_three():
     assert [title for _, title in shown(figure)] == ["c", "a", "b"]
 
 
-def test_augmentations_are_an_image_and_15_draws_of_it(digits):
-    always = albumentations.Compose([utils.ShiftScaleRotate(p=1), *utils.get_test_transforms().transforms])
-    (first, title), *draws = shown(utils.post_augmentations(loader("train", always), 5))
-    assert np.array_equal(first, digits.plain.dataset.images[5]) and "as it is" in title
-    assert len({pixels.tobytes() for pixels in (first, *(pixels for pixels, _ in draws))}) == 16
-    figure, data = utils.post_augmentations(digits.plain, 5), digits.plain.dataset
-    assert f"class {data.labels[5]} " in figure.get_suptitle()  # the digits' own class names are "0" to "9"
+def test_augmentations_are_an_image_and_15_draws_of_it(world):
+    always = albumentations.Compose([utils.get_train_transforms(shift_scale_rotate=1.0)])
+    figure, data = utils.post_augmentations(loader("train", always), 5), world.train_loader.dataset
+    (first, title), *draws = shown(figure)
+    assert np.array_equal(first, data.images[5]) and title == "as it is"
+    assert len({first.tobytes(), *(pixels.tobytes() for pixels, _ in draws)}) == 16
+    assert f"class {data.labels[5]}; 0 of 15 draws change nothing" in figure.get_suptitle()
+    figure = utils.post_augmentations(world.train_loader, 5)
+    assert "15 of 15 draws change nothing" in figure.get_suptitle()
     assert len(shown(figure)) == 16 and all(close(pixels, data.images[5]) for pixels, _ in shown(figure))
+
+
+# --- Curves -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("epochs", [1, 4, 80])
@@ -172,98 +208,223 @@ def test_accuracy_curves_and_the_best_test_epoch(epochs):
         assert training.get_color() == axes[name.replace("Test", "Training")].lines[0].get_color() != curve.get_color()
         assert mark.get_xydata().tolist() == [[best + 1, values[best]]]
         first, second = (text.get_text() for text in axes[name].get_legend().get_texts())
-        assert first == "training" and re.search(rf"\b{best + 1}, {history[3][best]:.2f} %", second)
+        assert first == "training" and second == f"most accurate in test: epoch {best + 1}, {history[3][best]:.2f} %"
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 3, 0, 1), (2, 0, 3, 1), (1, 3, 0, 2)])
+def test_crossed_lists_are_refused(order):
+    with pytest.raises(ValueError, match="for post_accuracyplots train_losses, test_losses, train_acc, test_acc"):
+        utils.post_accuracyplots(*(HISTORY[position] for position in order))
+
+
+@pytest.mark.parametrize("lengths", [(0, 0, 0, 0), (2, 2, 2, 1), (1, 0, 1, 0)])
+def test_lists_of_other_lengths_are_refused(lengths):
+    with pytest.raises(ValueError, match=f"lists of {', '.join(map(str, lengths))} epochs"):
+        utils.post_accuracyplots(*(values[:length] for values, length in zip(HISTORY, lengths)))
+
+
+class RunOf80(SimpleNamespace):
+    """What post_progress reads of a run, with some epochs done."""
+
+    def __init__(self, folder, done=0):
+        super().__init__(folder=folder, hyperparameters={"epochs": 80}, displays=set())
+        self.go_to(done)
+
+    def go_to(self, done):
+        self.history = [
+            {"epoch": epoch, "train_loss": 1 / epoch, "train_acc": 70 + epoch / 10, "lr": 0.2, "seconds": 30 * epoch}
+            | {"test_loss": 2 / epoch, "test_acc": 60 + epoch / 10}
+            for epoch in range(1, done + 1)
+        ]
+
+    def __truediv__(self, name):
+        return self.folder / name
+
+
+def test_progress_in_a_log_is_a_line_per_epoch(tmp_path, capsys):
+    for done in range(4):
+        utils.post_progress(RunOf80(tmp_path, done))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:11] for line in lines] == ["epoch  1/80", "epoch  2/80", "epoch  3/80"]
+    assert re.search(
+        r"train loss 0.3333 +accuracy 70.30 % +test loss 0.6667 +accuracy 60.30 % +lr 0.2 +90.0 s", lines[2]
+    )
+    assert lines[2].endswith(", 77 min left")  # 77 epochs of 60 seconds in the mean
+    assert not os.listdir(tmp_path)
+
+
+def test_progress_in_a_notebook_is_one_table_and_one_picture_in_place(tmp_path, capsys, monkeypatch):
+    calls = []
+    monkeypatch.setattr(utils, "in_notebook", lambda: True)
+    monkeypatch.setattr(IPython.display, "display", lambda content, **options: calls.append((content, options)))
+    run, steps = RunOf80(tmp_path), [1, 3, 80]
+    for done in (0, *steps):
+        run.go_to(done)
+        utils.post_progress(run)
+    tables, figures = calls[::2], calls[1::2]
+    for parts in (tables, figures):
+        assert len({options["display_id"] for _, options in parts}) == 1
+        assert [options["update"] for _, options in parts] == [False, True, True]
+    assert tables[0][1]["display_id"] != figures[0][1]["display_id"]
+    for done, (content, _) in zip(steps, tables):
+        lines = content["text/plain"].splitlines()
+        assert len(lines) < 20 and lines[0].startswith("epoch  1/80 ")
+        assert [line for line in lines if line.startswith("epoch ")][-1].startswith(f"epoch {done:2}/80 ")
+    assert "77 min left" in tables[1][0]["text/plain"] and "left" not in tables[-1][0]["text/plain"]
+    assert [len(figure.axes[0].lines[0].get_xdata()) for figure, _ in figures] == steps
+    assert not plt.get_fignums() and os.listdir(tmp_path) == ["curves.png"] and not capsys.readouterr().out
+
+
+# --- Mistakes ---------------------------------------------------------------------------------------------------------
 
 
 def confidence(model, image, label):
-    scores = model(image[None])[0].detach().double().numpy()
+    scores = model(image[None])[0].double().numpy()
     return 100 * np.exp(scores[label]) / np.exp(scores).sum()
 
 
-@pytest.mark.parametrize("count", [0, 1, None])
-def test_misclassified_names_both_classes_and_the_confidence(count, digits):
-    wrong = digits.wrong[:count]
-    spread = wrong if len(wrong) <= 20 else [wrong[i * (len(wrong) - 1) // 19] for i in range(20)]  # from end to end
-    model = nn.Sequential(nn.Dropout(0.9), *digits.model).train()  # to be measured without dropout
+@pytest.mark.parametrize(
+    "count, form", [(0, nn.Sequential), (1, nn.DataParallel), (15, nn.Module.double), (None, nn.Sequential)]
+)
+def test_misclassified_names_both_classes_and_the_confidence(count, form, world):
+    wrong = world.wrong[:count]
+    ranked = sorted(range(len(wrong)), key=lambda i: -confidence(world.model, wrong[i][0], wrong[i][2]))
+    rest = sorted(ranked[10:])
+    spread = [rest[i * (len(rest) - 1) // 9] for i in range(10)] if len(rest) > 10 else rest  # from end to end
+    model = form(nn.Sequential(nn.Dropout(0.9), *copy.deepcopy(world.model)).train())  # measured without dropout
     figure = utils.post_misclassified(wrong, LABEL_MAP, model, title="a run")
-    assert f"{len(wrong)} " in figure.get_suptitle() and "a run" in figure.get_suptitle()
+    assert all(module.training for module in model.modules())
+    assert figure.get_suptitle().startswith(f"a run: {len(wrong)} mistakes")
     cells = shown(figure)
     assert len(cells) == (20 if count is None else count)
-    for (pixels, title), (image, true, predicted) in zip(cells, spread):
+    for (pixels, title), index in zip(cells, [*ranked[:10], *spread]):
+        image, true, predicted = wrong[index]
         assert close(pixels, utils.get_image_from_tensor(image))
-        guess, percent, truth = re.fullmatch(r"(\w+) \((\d+)%\)\ntrue: (\w+)", title).groups()
-        assert (guess, truth) == (NAMES[predicted], NAMES[true])
-        assert int(percent) == pytest.approx(confidence(digits.model, image, predicted), abs=0.51)
+        percent = confidence(world.model, image, predicted)
+        assert title == f"{NAMES[predicted]} ({percent:.0f}%)\ntrue: {NAMES[true]}"
 
 
-def test_misclassified_confidence_is_that_of_the_class_it_names(digits):
-    image, true, _ = digits.wrong[0]
-    least = int(digits.model(image[None]).argmin())  # as when the weights have changed since the test
-    ((_, title),) = shown(utils.post_misclassified([(image, true, least)], LABEL_MAP, digits.model))
-    assert title.startswith(f"{NAMES[least]} ({confidence(digits.model, image, least):.0f}%)")
+def test_misclassified_confidence_is_that_of_the_class_it_names(world):
+    image, true, _ = world.wrong[0]
+    least = int(world.model(image[None]).argmin())  # as when the weights have changed since the test
+    ((_, title),) = shown(utils.post_misclassified([(image, true, least)], LABEL_MAP, world.model))
+    assert title.startswith(f"{NAMES[least]} ({confidence(world.model, image, least):.0f}%)")
 
 
-def test_misclassified_restores_the_training_mode(digits):
-    model = nn.Sequential(*digits.model).train()
-    utils.post_misclassified(digits.wrong[:1], LABEL_MAP, model)
-    assert all(module.training for module in model.modules())
+def test_showmisclassifiedsamples_shows_the_first_ten(world):
+    figure = utils.showmisclassifiedsamples(world.wrong, LABEL_MAP, "a run")
+    assert figure.get_suptitle() == "a run" and len(shown(figure)) == 10
+    for (pixels, title), (image, true, predicted) in zip(shown(figure), world.wrong):
+        assert close(pixels, utils.get_image_from_tensor(image))
+        assert title == f"{NAMES[predicted]}\ntrue: {NAMES[true]}"
 
 
 def counts(figure):
-    """The axes, and the numbers of the matrix, read from where they are drawn: column x, row y."""
-    axis, matrix = figure.axes[0], np.full((10, 10), -1)
-    for text in axis.texts:
+    """The numbers of the matrix, read from where they are drawn: column x, row y."""
+    matrix = np.full((10, 10), -1)
+    for text in figure.axes[0].texts:
         matrix[text.get_position()[::-1]] = int(text.get_text())
-    return axis, matrix
+    return matrix
 
 
-def test_confusion_matrix_is_that_of_scikit_learn(digits):
-    figure = utils.post_confusion_matrix(digits.wrong, digits.test_loader, LABEL_MAP, title="a run")
-    (axis, matrix), expected = counts(figure), confusion_matrix(digits.true, digits.predicted)
-    assert np.array_equal(matrix, expected) and not np.array_equal(matrix, matrix.T)
-    shares = confusion_matrix(digits.true, digits.predicted, normalize="true")
+def test_confusion_matrix_is_that_of_scikit_learn(world):
+    figure = utils.post_confusion_matrix(world.wrong, world.test_loader, LABEL_MAP, title="a run")
+    axis, expected = figure.axes[0], confusion_matrix(world.true, world.predicted)
+    assert np.array_equal(counts(figure), expected) and not np.array_equal(expected, expected.T)
+    shares = confusion_matrix(world.true, world.predicted, normalize="true")
     assert np.allclose(axis.images[0].get_array(), shares)
     background = axis.images[0].norm([0, 0.05, 1])
     assert background[0] == 0 and background[1] > 0.2 and background[2] == 1  # a confusion of 5 % is plain to see
     assert "predicted" in axis.get_xlabel() and "true" in axis.get_ylabel()
     assert [label.get_text() for label in axis.get_xticklabels()] == NAMES
-    recalls = recall_score(digits.true, digits.predicted, average=None)
+    recalls = recall_score(world.true, world.predicted, average=None)
     rows = [label.get_text().split() for label in axis.get_yticklabels()]
     assert rows == [[name, f"{100 * recall:.1f}", "%"] for name, recall in zip(NAMES, recalls)]
-    accuracy = np.mean(digits.true == digits.predicted)
+    accuracy = (world.true == world.predicted).float().mean()
     assert f"{100 * accuracy:.2f} %" in axis.get_title() and "a run" in axis.get_title()
 
 
-def test_confusion_matrix_counts_only_what_the_loader_gives(digits):
-    part = loader("test", batch_size=100, drop_last=True)  # 300 of the 360
-    true, predicted, wrong = predictions(digits.model, part)
-    _, matrix = counts(utils.post_confusion_matrix(wrong, part, LABEL_MAP))
-    assert np.array_equal(matrix, confusion_matrix(true, predicted))
+LOADERS = {  # and whether they give the same samples each time, so that what was tested can be counted afterwards
+    "in order": ({}, True),
+    "without the last batch": ({"batch_size": 100, "drop_last": True}, True),
+    "shuffled": ({"shuffle": True}, True),
+    "shuffled, without the last batch": ({"shuffle": True, "batch_size": 100, "drop_last": True}, False),
+    "weighted": ({"sampler": WeightedRandomSampler(np.linspace(0, 1, 360), 200)}, False),
+    "with replacement": ({"sampler": RandomSampler(range(360), replacement=True)}, False),
+}
 
 
-@pytest.mark.parametrize("images, corner", [(None, 12), (torch.ones(2, 3, 128, 128), 20)])
-def test_receptive_field_of_the_model(images, corner):
-    # Output number i along a side looks at pixel 3 + 8 * i and 47 pixels to each side of it.
+@pytest.mark.parametrize("kwargs, repeats", LOADERS.values(), ids=LOADERS)
+def test_confusion_matrix_of_any_loader_that_was_tested(kwargs, repeats, world):
     torch.manual_seed(0)
-    model = models.Model()
-    growth, effective = utils.post_receptive_field(model, models.receptive_field(model), images).axes[:2]
-    by_hand = [3, 5, 9, 11, 15, 19, 19, 23, 31, 39, 39, 47, 63, 79, 95, 95]
-    assert [bar.get_width() for bar in growth.patches] == by_hand and growth.yaxis_inverted()
-    assert [text.get_text() for text in growth.texts] == [str(field) for field in by_hand]
-    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    assert [label.get_text().split()[0] for label in growth.get_yticklabels()] == convolutions[:16]
+    test_loader = loader("test", **kwargs)
+    batches = list(test_loader)
+    misclassified = utils.test(world.model, "cpu", batches, nn.CrossEntropyLoss(), verbose=False)
+    expected = np.diag(np.bincount(torch.cat([labels for _, labels in batches]), minlength=10))
+    for _, true, predicted in misclassified:
+        expected[true, predicted] += 1
+        expected[true, true] -= 1
+    assert np.array_equal(counts(utils.post_confusion_matrix(misclassified, test_loader, LABEL_MAP)), expected)
+    if repeats:
+        assert np.array_equal(counts(utils.post_confusion_matrix([*misclassified], test_loader, LABEL_MAP)), expected)
+    else:
+        with pytest.raises(ValueError, match="other samples each time"):
+            utils.post_confusion_matrix([*misclassified], test_loader, LABEL_MAP)
+
+
+def test_confusion_matrix_of_another_loader_is_refused(world):
+    with pytest.raises(ValueError, match="more misclassified samples than the loader gives"):
+        utils.post_confusion_matrix(world.wrong * 20, world.test_loader, LABEL_MAP)
+    with pytest.raises(ValueError, match="names 9 classes and there are labels up to 9"):
+        utils.post_confusion_matrix([], world.test_loader, NAMES[:9])
+
+
+# --- Receptive field --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [nn.Module.eval, nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
+def test_receptive_field_layer_by_layer_and_as_it_is(wrap):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1)]
+    model = wrap(nn.Sequential(*layers))
+    with torch.no_grad():
+        figure = utils.post_receptive_field(model, receptive_field(model), torch.rand(2, 3, 31, 31))
+    growth, effective = figure.axes[:2]
+    assert [bar.get_width() for bar in growth.patches] == [3, 7] and growth.yaxis_inverted()
+    assert [text.get_text() for text in growth.texts] == ["3", "7"]
+    assert [label.get_text() for label in growth.get_yticklabels()] == ["0  3x3", "2  3x3"]
     assert all("pixels" in label for label in (growth.get_xlabel(), effective.get_xlabel(), effective.get_ylabel()))
-    boxes = [(*box.get_xy(), box.get_width(), box.get_height()) for box in effective.patches]
-    middle = corner + 47 - 16  # of an image around the same pixel, or half a pixel beside it, since it is even
-    assert boxes[0] == (corner - 0.5, corner - 0.5, 95, 95) and boxes[1] == (middle, middle, 32, 32)
-    extent, image = (text.get_text() for text in effective.get_legend().get_texts())
-    assert "95x95" in effective.get_title() and "95x95" in extent and "32x32" in image
+    # Output 8 of 16 looks at pixel 16 and 3 pixels to each side of it.
+    (box,) = effective.patches  # an image of 32x32 would not fit in
+    assert (*box.get_xy(), box.get_width(), box.get_height()) == (12.5, 12.5, 7, 7)
+    assert "output of 2\n" in effective.get_title() and "7x7" in effective.get_title()
+    assert "7x7" in effective.get_legend().get_texts()[0].get_text()
     assert all(p.grad is None for p in model.parameters()) and not any(m._forward_hooks for m in model.modules())
 
 
 def test_effective_receptive_field_is_the_mean_absolute_gradient():
-    rows = models.receptive_field(CONVOLUTION)
-    figure = utils.post_receptive_field(CONVOLUTION, rows, torch.rand(4, 3, 5, 5))
-    assert len(figure.axes[1].patches) == 1  # an image of 32x32 would not fit in
-    gradient = CONVOLUTION[0].weight.detach()[0].abs().mean(0)  # of a single convolution: its weights
+    figure = utils.post_receptive_field(SIZE_5, receptive_field(SIZE_5), torch.rand(4, 3, 5, 5))
+    gradient = SIZE_5[0].weight.detach()[0].abs().mean(0)  # of a single convolution: its weights
     assert np.allclose(figure.axes[1].images[0].get_array(), gradient / gradient.max(), atol=1e-6)
+
+
+def test_receptive_field_larger_than_an_image_has_the_image_in_its_middle():
+    model = nn.Sequential(nn.Conv2d(3, 1, 41))
+    effective = utils.post_receptive_field(model, receptive_field(model, 64)).axes[1]
+    boxes = [(*box.get_xy(), box.get_width()) for box in effective.patches]
+    assert boxes == [(1.5, 1.5, 41), (6, 6, 32)]  # in 44 pixels of noise, of which output 2 of 4 sees 2 to 42
+
+
+def test_receptive_field_of_a_network_whose_last_layer_is_a_function():
+    class Pooled(nn.Sequential):
+        def forward(self, x):
+            return nn.functional.max_pool2d(self[0](x), 2)
+
+    growth, effective = utils.post_receptive_field(model := Pooled(nn.Conv2d(3, 2, 3)), receptive_field(model)).axes[:2]
+    assert [bar.get_width() for bar in growth.patches] == [3, 4] and "output of 0\n" in effective.get_title()
+
+
+@pytest.mark.parametrize("rows", [[], receptive_field(nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 3))))])
+def test_receptive_field_of_another_model_is_refused(rows):
+    with pytest.raises(ValueError, match="rows are not of this model"):
+        utils.post_receptive_field(SIZE_5, rows)

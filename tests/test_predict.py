@@ -1,5 +1,6 @@
-"""predict.py against pixels worked out here, the transforms of the test loader, and a model whose answer is known."""
+"""predict.py against pixels worked out here, the transforms of the test loader, and models whose answers are known."""
 
+import copy
 import io
 import sys
 
@@ -11,9 +12,11 @@ from PIL import Image
 from torch import nn
 
 import models
+import pretrained
 import utils
 from image_sets import CIFAR10_CLASSES
-from predict import main, predict
+from predict import class_names, main, predict
+from recipes import build_model, build_training, get_recipe, run_settings
 
 COLOURS = ("red", "green", "blue")
 RNG = np.random.default_rng(0)
@@ -37,6 +40,9 @@ class MeanColour(nn.Module):
 def plain(name):
     """A picture of one colour."""
     return np.full((32, 32, 3), [255 * (name == colour) for colour in COLOURS], np.uint8)
+
+
+# --- Pictures ---------------------------------------------------------------------------------------------------------
 
 
 def grey(values):
@@ -103,72 +109,28 @@ def test_another_size_is_squeezed(size):
     assert np.abs(utils.get_image_from_tensor(spy.batch[0]) - squeezed.numpy()).max() <= 1.5
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_file_pil_image_and_array_agree_with_the_network_run_by_hand(suffix, tmp_path):
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_file_pil_image_and_array_agree(suffix, tmp_path):
     path = tmp_path / f"picture.{suffix}"
     Image.fromarray(RGB).save(path)
     with Image.open(path) as opened:
         pixels = np.asarray(opened)
-    torch.manual_seed(0)
-    model = models.Model()
-    with torch.no_grad():
-        for _ in range(10):  # without its statistics an untrained network finds every picture much the same
-            model(torch.randn(16, 3, 32, 32))
-        model.eval().classifier.weight *= 40
-        by_hand = model(utils.get_test_transforms()(image=pixels)["image"][None])[0].exp().tolist()
-    forms = (path, str(path), Image.open(path), pixels, pixels / 255, np.float32(pixels) / 255, [path])
-    (first,), *others = (predict(model, form) for form in forms)
+        forms = (path, str(path), opened, pixels, pixels / 255, np.float32(pixels) / 255, [path], pixels[None])
+        (first,), *others = (predict(MeanColour(), form, COLOURS) for form in forms)
     assert all(other == [first] for other in others)
-    assert list(first.probabilities) == list(CIFAR10_CLASSES) and max(by_hand) > 0.2
-    assert list(first.probabilities.values()) == pytest.approx(by_hand, abs=1e-4)
-    assert first.class_name == CIFAR10_CLASSES[int(np.argmax(by_hand))]
 
 
-def test_known_classes_in_the_order_given(tmp_path):
+def test_lists_batches_and_nothing(tmp_path):
     Image.fromarray(plain("green")).save(tmp_path / "green.png")
     pictures = [plain("blue"), tmp_path / "green.png", Image.fromarray(plain("red")), plain("blue") / 255]
-    for images in (pictures, tuple(pictures)):
+    for images in (pictures, tuple(pictures), iter(pictures)):
         names = [prediction.class_name for prediction in predict(MeanColour(), images, COLOURS)]
         assert names == ["blue", "green", "red", "blue"]
-    batch = np.stack([plain("green"), plain("red")])
-    assert [p.class_name for p in predict(MeanColour(), batch, ["r", "g", "b"])] == ["g", "r"]
     assert predict(MeanColour(), [], COLOURS) == []
-    as_loaders_give_them = {name: COLOURS.index(name) for name in sorted(COLOURS)}
-    assert predict(MeanColour(), plain("red"), as_loaders_give_them)[0].class_name == "red"
-
-
-def test_many_pictures_go_through_the_network_in_parts():
     names = [COLOURS[index] for index in RNG.integers(0, 3, 600)]
     model = MeanColour()
     assert [p.class_name for p in predict(model, list(map(plain, names)), COLOURS)] == names
-    assert len(model.batch) < 600
-
-
-def test_in_the_type_of_the_model():
-    model = models.Model.from_pretrained("tuned")
-    single, double = predict(model, RGB)[0], predict(model.double(), RGB)[0]
-    assert double.probabilities == pytest.approx(single.probabilities, abs=1e-4)
-
-
-def test_model_without_parameters():
-    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    assert predict(model, plain("green"), COLOURS)[0].class_name == "green"
-
-
-@pytest.mark.parametrize("modes", [(True, True), (False, False), (True, False), (False, True)])
-def test_evaluation_mode_inside_and_every_mode_restored(modes):
-    model = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm2d(3), MeanColour()).train(modes[0])
-    model[1].train(modes[1])  # another one than the rest where it is kept frozen
-    before = [module.training for module in model.modules()]
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    (alone,), (_, among) = predict(model, RGB, COLOURS), predict(model, [plain("red"), RGB], COLOURS)
-    assert among.probabilities == pytest.approx(alone.probabilities, abs=1e-6)
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert [module.training for module in model.modules()] == before
-    model[2].forward = lambda batch: 1 / 0
-    with pytest.raises(ZeroDivisionError):
-        predict(model, RGB, COLOURS)
-    assert [module.training for module in model.modules()] == before
+    assert len(model.batch) < 600  # in parts, for which there is memory
 
 
 def saved(format):
@@ -183,64 +145,218 @@ FILES = {
     "short.jpg": saved("JPEG")[:500],
     "drawing.eps": saved("EPS"),  # a format whose reader starts another program
 }
-SHAPES = [(), (32,), (2, 32, 32), (32, 32, 2), (32, 32, 5), (0, 32, 3), (1, 32, 32, 3)]
-OUT_OF_RANGE = [("float32", 1.01), ("float64", -0.01), ("float32", np.nan), ("float64", np.inf)]
-ERRORS = [  # what to make the picture from, how, and what the error is and says
-    *((name, lambda folder, name: folder / name, ValueError, name) for name in FILES),
-    ("absent.png", lambda folder, name: folder / name, FileNotFoundError, "absent.png"),
-    ("drawing.eps", lambda folder, name: folder / name, ValueError, "cannot identify"),
-    ("folder", lambda folder, _: str(folder), ValueError, "not a picture"),
-    ("short.png", lambda folder, name: Image.open(folder / name), ValueError, "truncated"),
-    *((shape, lambda _, shape: np.zeros(shape, np.uint8), ValueError, str(shape)) for shape in SHAPES),
-    *((dtype, lambda _, dtype: np.ones((8, 8, 3), dtype), ValueError, dtype) for dtype in ("int64", "uint16", "bool")),
-    *((given, lambda _, given: np.full((8, 8, 3), given[1], given[0]), ValueError, given[0]) for given in OUT_OF_RANGE),
-    *(
-        (kind, lambda _, kind: kind(), TypeError, kind.__name__)
-        for kind in (type(None), int, dict, bytes, torch.Tensor)
-    ),
+NO_PICTURES = [  # a file in the folder or another thing, and what the error says
+    *((name, f"{name} is not a picture that can be read") for name in FILES),
+    ("absent.png", r"there is no file .*absent\.png"),
+    ("", "is a folder"),
+    ("https://example.org/cat.jpg", "is an address; download the picture"),
+    ("file:///home/cat.jpg", "is an address"),
+    *((np.zeros(shape, np.uint8), rf"picture 2 has shape \({shape[0]}") for shape in [(32,), (8, 8, 2), (0, 8, 3)]),
+    *((np.ones((8, 8, 3), dtype), f"picture 2 is {dtype}.*uint8 from 0 to 255") for dtype in ("int64", "bool")),
+    *((np.full((8, 8), value), f"picture 2 is float64 from {value}") for value in (1.01, -0.01, np.nan, np.inf)),
+    *((thing, f"picture 2 is a {type(thing).__name__}") for thing in (None, 3, torch.zeros(3, 32, 32))),
 ]
 
 
-@pytest.mark.parametrize("given, make, error, says", ERRORS, ids=[str(case[0]) for case in ERRORS])
-def test_error_names_the_picture(given, make, error, says, tmp_path):
+@pytest.mark.parametrize("given, words", NO_PICTURES, ids=[words for _, words in NO_PICTURES])
+def test_what_is_no_picture_is_named(given, words, tmp_path):
     for name, content in FILES.items():
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(error, match=r"images\[1\]") as caught:
-        predict(MeanColour(), [RGB, make(tmp_path, given), RGB], COLOURS)
-    assert says in str(caught.value)
+    if isinstance(given, str) and "://" not in given:
+        given = tmp_path / given
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=words):
+        predict(MeanColour(), [RGB, given, RGB], COLOURS)
 
 
-@pytest.mark.parametrize("images", [None, 3])
-def test_neither_a_picture_nor_a_list(images):
-    with pytest.raises(TypeError, match=rf"{type(images).__name__}.*picture"):
-        predict(MeanColour(), images, COLOURS)
+# --- Models -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("classes", [COLOURS[:2], CIFAR10_CLASSES, ()])
-def test_wrong_number_of_class_names(classes):
-    with pytest.raises(ValueError, match=rf"3 outputs.*\b{len(classes)} "):
-        predict(MeanColour(), RGB, classes)
-
-
-def test_in_a_terminal_good_pictures_are_classified_and_bad_ones_named(tmp_path, monkeypatch, capsys):
+def test_in_the_type_of_the_model_and_through_wrappers():
     torch.manual_seed(0)
-    model = models.Model().eval()
-    monkeypatch.setattr(models.Model, "from_pretrained", lambda name: {"tuned": model}[name])
+    model = models.Model()
+    with torch.no_grad():
+        for _ in range(5):  # without its statistics an untrained network finds every picture much the same
+            model(torch.randn(16, 3, 32, 32))
+        model.eval().classifier.weight *= 40
+        by_hand = model(utils.get_test_transforms()(image=RGB)["image"][None])[0].exp().tolist()
+    expected = dict(zip(CIFAR10_CLASSES, by_hand))
+    assert max(by_hand) > 0.2
+    for form in (model, nn.DataParallel(model), torch.compile(model, backend="eager"), model.double()):
+        [prediction] = predict(form, RGB)
+        assert prediction.probabilities == pytest.approx(expected, abs=1e-4)
+
+
+def test_model_without_parameters():
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert predict(model, plain("green"), COLOURS)[0].class_name == "green"
+
+
+def test_evaluation_mode_inside_and_every_mode_restored():
+    model = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm2d(3).eval(), MeanColour())  # kept frozen, as in fine-tuning
+    state = copy.deepcopy(model.state_dict())
+    (alone,), (_, among) = predict(model, RGB, COLOURS), predict(model, [plain("red"), RGB], COLOURS)
+    assert among.probabilities == pytest.approx(alone.probabilities, abs=1e-6)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert [module.training for module in model] == [True, False, True]
+
+
+def test_weights_that_are_not_finite():
+    model = MeanColour()
+    model.weight.data.fill_(np.nan)
+    with pytest.raises(ValueError, match="scores are not finite"):
+        predict(model, RGB, COLOURS)
+
+
+# --- Names of classes -------------------------------------------------------------------------------------------------
+
+NUMBERS = "zero one two three four five six seven eight nine ten".split()  # whose alphabetical order is another
+LABEL_MAP = {name: label for label, name in enumerate(NUMBERS)}
+
+
+@pytest.mark.parametrize(
+    "label_map, names",
+    [
+        (tuple(NUMBERS), NUMBERS),
+        (LABEL_MAP, NUMBERS),
+        (dict(sorted(LABEL_MAP.items())), NUMBERS),  # as the loaders give it
+        (dict(reversed([*enumerate(NUMBERS)])), NUMBERS),
+        ({name: np.int64(label) for name, label in LABEL_MAP.items()}, NUMBERS),
+        ({"1": 0, "0": 1}, ["1", "0"]),  # as of digits
+        ({0: "1", 1: "0"}, ["1", "0"]),
+        ([1, 0], ["1", "0"]),
+    ],
+)
+def test_class_names_are_in_the_order_of_the_labels(label_map, names):
+    assert class_names(label_map) == names
+
+
+@pytest.mark.parametrize(
+    "label_map, words",
+    [
+        ({0: "a", 2: "b", 3: "c"}, "does not say the class of each label"),  # a gap
+        ({"a": 0, "b": 2, "c": 3}, "labels 0 to 2"),
+        ({1: "a", 2: "b", 3: "c"}, "labels 0 to 2"),  # a start at 1
+        ({"a": 1, "b": 2, "c": 3}, "labels 0 to 2"),
+        ({"a": 0, "b": 0, "c": 1}, "each name once"),  # repeated
+        ({0: "a", 1: "a", 2: "b"}, "each name once"),
+        (["a", "b", "a"], "a name twice"),
+        ({"a": "0", "b": "1", "c": "2"}, "does not say"),
+        ({0: 1, 1: 0, 2: 2}, "numbers to numbers"),
+        ({"a", "b", "c"}, "no order"),
+        ("abc", "no order"),
+    ],
+)
+def test_label_maps_that_do_not_say_the_class_of_each_label(label_map, words):
+    with pytest.raises(ValueError, match=words):
+        predict(MeanColour(), RGB, label_map)
+
+
+def test_predictions_by_any_label_map():
+    for classes in (COLOURS, {0: "red", 1: "green", 2: "blue"}, {"blue": 2, "green": 1, "red": 0}):
+        assert predict(MeanColour(), plain("red"), classes)[0].class_name == "red"
+    for classes in (COLOURS[:2], CIFAR10_CLASSES, ()):
+        with pytest.raises(ValueError, match=rf"3 outputs.*\b{len(classes)} class names"):
+            predict(MeanColour(), RGB, classes)
+
+
+# --- In a terminal ----------------------------------------------------------------------------------------------------
+
+
+class Images:
+    """What a run says of its data set."""
+
+    name, classes = "three things", ("fox", "owl", "yak")
+
+    def __len__(self):
+        return 3
+
+
+@pytest.fixture
+def own_run(tmp_path):
+    """The folder of a run of one epoch on three classes, and its network."""
+    recipe = get_recipe("s9")
+    model = build_model(recipe, 3)
+    optimizer, scheduler, _ = build_training(recipe, model, 1)
+    loader = torch.utils.data.DataLoader(Images())
+    with utils.Run("own", root=tmp_path) as run:
+        lists = run.resume(run_settings(recipe, loader, 1), model, optimizer, scheduler)
+        model.classifier.bias.data = torch.tensor([0.0, 2.0, 1.0]).log1p()
+        model.classifier.weight.data *= 0  # scores of any picture: log 1, log 3, log 2
+        run.save(*([*values, 50.0] for values in lists))
+    return run.folder
+
+
+def in_terminal(monkeypatch, capsys, *arguments):
+    """(exit status or message, what it prints, what it prints of errors)."""
+    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = capsys.readouterr()
+    return stopped.value.code, printed.out, printed.err
+
+
+def test_a_run_of_ones_own_classifies_with_its_classes(own_run, tmp_path, monkeypatch, capsys):
     good, text, absent = (tmp_path / name for name in ("good.png", "text.png", "absent.png"))
     Image.fromarray(RGB).save(good)
     text.write_text("not a picture")
-    monkeypatch.setattr(sys, "argv", ["predict.py", str(absent), str(good), str(text)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 1
-    printed = capsys.readouterr()
-    (expected,) = predict(model, RGB)
-    assert printed.out == f"{good}: {expected.class_name} ({expected.probability:.1%})\n"
-    assert f"there is no file {absent}" in printed.err and f"{text} is not a picture" in printed.err
+    address = "https://example.org/cat.jpg"
+    pictures = [absent, good, text, tmp_path, address]
+    for weights in ("last.pt", "best.pt"):
+        code, out, err = in_terminal(monkeypatch, capsys, "--weights", own_run / weights, *pictures)
+        assert code == 1 and out == f"{good}: owl 50.0%, yak 33.3%, fox 16.7%\n"
+        assert len(err.splitlines()) == 4
+        for words in (f"no file {absent}", f"{text} is not", f"{tmp_path} is a folder", f"{address} is an address"):
+            assert words in err
+    code, out, err = in_terminal(monkeypatch, capsys, "--weights", own_run / "last.pt", good)
+    assert (code, err) == (0, "")
 
 
-def test_in_a_terminal_without_pictures_there_is_help(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["predict.py"])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2 and "usage" in capsys.readouterr().err
+def test_by_default_the_most_accurate_weights_name_the_three_best_of_ten(tmp_path, monkeypatch, capsys):
+    Image.fromarray(RGB).save(tmp_path / "good.png")
+    torch.manual_seed(0)
+    model = models.Model().eval()
+    asked = {pretrained.most_accurate(): (model, list(CIFAR10_CLASSES))}
+    monkeypatch.setattr("predict.load_network", asked.__getitem__)
+    code, out, _ = in_terminal(monkeypatch, capsys, tmp_path / "good.png")
+    best = sorted(predict(model, RGB)[0].probabilities.items(), key=lambda item: -item[1])[:3]
+    assert code == 0 and out == f"{tmp_path / 'good.png'}: {', '.join(f'{name} {p:.1%}' for name, p in best)}\n"
+
+
+def test_help_names_the_classes_even_without_weights(tmp_path, monkeypatch, capsys):
+    code, out, _ = in_terminal(monkeypatch, capsys, "--help")
+    assert code == 0 and all(word in out for word in (*CIFAR10_CLASSES, "s9", "tuned", "last.pt"))
+    code, _, err = in_terminal(monkeypatch, capsys)
+    assert code == 2 and "usage" in err
+    monkeypatch.setattr(pretrained, "WEIGHTS", tmp_path)
+    code, out, _ = in_terminal(monkeypatch, capsys, "--help")
+    assert code == 0 and all(name in out for name in CIFAR10_CLASSES)
+    message, _, _ = in_terminal(monkeypatch, capsys, "cat.png")
+    assert "there are no weights in" in message
+
+
+AS_IT_IS = str  # a function that changes nothing
+
+
+def edit(old, new):
+    return lambda folder: (folder / "run.json").write_text((folder / "run.json").read_text().replace(old, new))
+
+
+@pytest.mark.parametrize(
+    "spoil, file, words",
+    [
+        (lambda folder: (folder / "run.json").unlink(), "last.pt", "has no run.json beside it that says"),
+        (edit('"classes"', '"kinds"'), "last.pt", "has no run.json beside it that says"),
+        (edit("{", ""), "last.pt", "has no run.json beside it that says"),
+        (edit('"Model"', '"VGG"'), "last.pt", "has no run.json beside it that says"),
+        (edit("fox/owl/yak", "fox/owl"), "last.pt", "does not fit Model"),
+        (lambda folder: (folder / "last.pt").write_bytes(b"PK"), "last.pt", "is damaged"),
+        (AS_IT_IS, "checkpoint.pt", "is not the last.pt or best.pt of a run"),
+        (AS_IT_IS, "", "is a folder; give the last.pt"),
+        (AS_IT_IS, "first.pt", "No such file"),
+        (AS_IT_IS, "s9", "no weights"),
+    ],
+)
+def test_weights_that_cannot_be_used(spoil, file, words, own_run, monkeypatch, capsys):
+    spoil(own_run)
+    message, out, _ = in_terminal(monkeypatch, capsys, "--weights", own_run / file, "cat.png")
+    assert words in message and "\n" not in message and not out

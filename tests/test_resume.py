@@ -1,85 +1,76 @@
-"""Training that stops and goes on must end as training that never stopped."""
+"""Training that stops and goes on ends as training that never stopped, bit for bit."""
 
 import csv
 import dataclasses
 import functools
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import end_state
+from torch import nn
 
-import runs
 import utils
 from models import Model
 
-REPOSITORY = Path(runs.__file__).parent
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EPOCHS = 3
-HYPERPARAMETERS = {"epochs": EPOCHS, "seed": 4, "batch_size": 32, "lr": 0.05, "step_size": 2, "dropout": 0.05}
-PRECISIONS = [(dtype, workers) for dtype in (torch.float32, torch.bfloat16) for workers in (0, 2)]
-READABLE = ("history.csv", "run.json", "last.pt", "best.pt")
-all_images = functools.cache(utils.load_images)
 
 
 @pytest.fixture(autouse=True)
-def few_images(monkeypatch):
-    """Four training batches of 32 and two test batches, so that an epoch takes half a second."""
-
-    def load_images(dataset, split, root=None):
-        whole, n = all_images(dataset, split, root), {"train": 128, "test": 64}[split]
-        return dataclasses.replace(whole, images=whole.images[:n], labels=whole.labels[:n])
-
-    monkeypatch.setattr(utils, "load_images", load_images)
-
-
-def compute_in(dtype, monkeypatch):
-    monkeypatch.setattr(utils, "autocast_dtype", lambda device: dtype)
+def two_small_batches(monkeypatch, digits):
+    """Per epoch two batches to train on and two to test on, in float32."""
+    few = {
+        split: dataclasses.replace(whole, images=whole.images[:16], labels=whole.labels[:16])
+        for split, whole in digits.items()
+    }
+    monkeypatch.setattr(utils, "load_images", lambda dataset, split, root: few[split])
+    monkeypatch.setattr(utils, "autocast_dtype", lambda device: torch.float32)
 
 
 class Notebook:
-    """What the driver notebook holds in memory: its cells up to the model, and the training cell as a method."""
+    """What a notebook holds in memory: the cells up to that of the model are run; `train` is the training cell."""
 
     def __init__(self, root, workers=0, seed=4, name="s9"):
-        kwargs = {"batch_size": 32, "num_workers": workers}
-        _, self.train_loader = utils.get_CIFARdataset_with_loader("train", kwargs, dataset="digits")
-        _, self.test_loader = utils.get_CIFARdataset_with_loader("test", kwargs, dataset="digits")
+        loaders = [
+            utils.get_CIFARdataset_with_loader(split, {"batch_size": 8, "num_workers": workers}, dataset="digits")[1]
+            for split in ("train", "test")
+        ]
+        self.train_loader, self.test_loader = loaders
         self.run = utils.Run(name, data="digits", root=root)
-        self.hyperparameters = HYPERPARAMETERS | {"seed": seed}
         utils.seed_everything(seed)
-        self.model = Model(dropout_value=0.05)
+        self.seed, self.model = seed, Model(dropout_value=0.05)
 
-    def train(self, until=EPOCHS, epochs=EPOCHS, in_train=None, in_test=None):
-        """Run the training cell; it ends after epoch `until`, as if the power had gone.
+    def train(self, epochs=EPOCHS, lr=0.05, stop=()):
+        """Run the training cell, up to an epoch, or to a batch where the stop button is pressed: (loop, its number).
 
-        in_train and in_test are called with every loss of their loop. Returns a few random numbers of every epoch,
-        which stand for whatever else a driver may draw.
+        Returns a few random numbers of every epoch, which stand for whatever else a driver may draw.
         """
-        optimizer = utils.get_optimizer(self.model, "SGD", lr=0.05, momentum=0.9)
-        scheduler = utils.get_scheduler(optimizer, step_size=2, gamma=0.5)
-        nll = utils.get_loss("nll_loss")
-        device, drawn = torch.device("cpu"), []
-        lists = self.run.resume(self.hyperparameters | {"epochs": epochs}, self.model, optimizer, scheduler)
-        train_losses, train_acc, test_losses, test_acc = lists
-        for _ in range(len(train_losses), until):
+        optimizer = utils.get_optimizer(self.model, "SGD", lr=lr, momentum=0.9)
+        scheduler = utils.get_scheduler(optimizer, step_size=2, gamma=0.5, steps_per_epoch=2)
+        criterions = {loop: pressed_at(stop[1]) if loop in stop else utils.get_loss() for loop in ("train", "test")}
+        settings, drawn = {"epochs": epochs, "seed": self.seed, "lr": lr}, []
+        lists = self.run.resume(settings, self.model, optimizer, scheduler)
+        for _ in range(len(lists[0]), epochs):
             drawn.append((random.random(), random.gauss(0, 1), np.random.random(), np.random.normal()))
             utils.train(
-                self.model, device, self.train_loader, optimizer, watched(nll, in_train), train_losses, train_acc
+                self.model, "cpu", self.train_loader, optimizer, criterions["train"], *lists[:2], scheduler=scheduler
             )
-            utils.test(self.model, device, self.test_loader, watched(nll, in_test), test_losses, test_acc)
-            scheduler.step()
-            self.run.save(train_losses, train_acc, test_losses, test_acc)
+            utils.test(self.model, "cpu", self.test_loader, criterions["test"], *lists[2:])
+            self.run.save(*lists)
         return drawn
 
 
-def watched(criterion, callback):
-    def loss(*arguments):
-        if callback is not None:
-            callback()
-        return criterion(*arguments)
+def pressed_at(batch):
+    """A loss with the stop button in it."""
+    calls = iter(range(1, batch + 1))
+
+    def loss(scores, labels):
+        if next(calls) == batch:
+            raise KeyboardInterrupt
+        return utils.get_loss()(scores, labels)
 
     return loss
 
@@ -90,247 +81,189 @@ def history(folder):
         return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
 
 
-def end_state(folder):
-    """Everything that the checkpoint and the weights files hold, but the seconds."""
-    checkpoint = runs.load_weights(folder / "checkpoint.pt")
-    for row in checkpoint["history"]:
-        del row["seconds"]
-    return checkpoint, runs.load_weights(folder / "last.pt"), runs.load_weights(folder / "best.pt")
-
-
-def assert_identical(one, other, place="state"):
-    """Equal bit for bit, through dicts, sequences and tensors."""
-    assert type(one) is type(other), place
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), place
-        for key in one:
-            assert_identical(one[key], other[key], f"{place}[{key!r}]")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), place
-        for index, (a, b) in enumerate(zip(one, other)):
-            assert_identical(a, b, f"{place}[{index}]")
-    elif isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype and one.shape == other.shape, place
-        assert one.contiguous().view(-1).view(torch.uint8).equal(other.contiguous().view(-1).view(torch.uint8)), place
-    else:
-        assert one == other, place
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """(folder, drawn) of a run that never stopped, made once for each (dtype, workers)."""
+    """(folder, drawn) of a run that never stopped, made once for each set of arguments."""
 
     @functools.cache
-    def train(dtype, workers):
+    def train(dtype, workers, seed, lr):
         root = tmp_path_factory.mktemp("uninterrupted")
-        notebook = Notebook(root, workers)
-        return root / "s9", notebook.train()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(utils, "autocast_dtype", lambda device: dtype)
+            return root / "s9", Notebook(root, workers, seed).train(lr=lr)
 
-    return train
-
-
-def files(folder):
-    """{name: bytes} of what the run keeps; the lock is no part of it."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    return lambda dtype=torch.float32, workers=0, seed=4, lr=0.05: train(dtype, workers, seed, lr)
 
 
-# ---- going on ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("dtype", "workers"), PRECISIONS)
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    dtype, workers, uninterrupted, tmp_path, monkeypatch, capsys
-):
-    if len(os.sched_getaffinity(0)) < workers:
-        pytest.skip("more workers than cores are not started")
-    compute_in(dtype, monkeypatch)
-    folder, drawn = uninterrupted(dtype, workers)
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_run_is_the_uninterrupted_one(dtype, workers, uninterrupted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(utils, "autocast_dtype", lambda device: dtype)
+    folder, drawn = uninterrupted(dtype, workers=workers)
     capsys.readouterr()
+    notebook = Notebook(tmp_path, workers)
+    if notebook.train_loader.num_workers < workers:
+        pytest.skip("more workers than cores are not started")
 
-    first = Notebook(tmp_path, workers)
-    assert first.train_loader.num_workers == workers
-    drawn_in_parts = first.train(until=1)
-    assert f"{tmp_path / 's9'}: a new run" in capsys.readouterr().out
-    drawn_in_parts += Notebook(tmp_path, workers).train(until=2)
-    assert f"going on after epoch 1 of {EPOCHS}" in capsys.readouterr().out
-    drawn_in_parts += Notebook(tmp_path, workers).train()
-    assert f"going on after epoch 2 of {EPOCHS}" in capsys.readouterr().out
+    drawn_in_parts = notebook.train(epochs=1)
+    assert f"{tmp_path / 's9'}: a new run\n" in capsys.readouterr().out
+    for done in (1, 2):
+        drawn_in_parts += Notebook(tmp_path, workers).train(epochs=done + 1)
+        assert f"{tmp_path / 's9'}: going on after epoch {done} of {done + 1}" in capsys.readouterr().out
+    Notebook(tmp_path, workers).train()  # only says that all is done
 
     assert [row["lr"] for row in history(folder)] == ["0.05", "0.05", "0.025"]  # what each epoch was trained with
     assert history(tmp_path / "s9") == history(folder)
-    assert_identical(end_state(tmp_path / "s9"), end_state(folder))
+    assert end_state(tmp_path / "s9") == end_state(folder)
     assert drawn_in_parts == drawn
 
 
-def test_precision_changes_the_history_and_the_number_of_workers_does_not(uninterrupted, monkeypatch):
-    histories = {}
-    for dtype, workers in PRECISIONS:
-        compute_in(dtype, monkeypatch)
-        histories[dtype, workers] = history(uninterrupted(dtype, workers)[0])
-    assert histories[torch.float32, 0] != histories[torch.bfloat16, 0]
-    assert histories[torch.float32, 0] == histories[torch.float32, 2]
-    assert histories[torch.bfloat16, 0] == histories[torch.bfloat16, 2]
+def test_the_history_tells_precisions_and_seeds_apart_and_not_numbers_of_workers(uninterrupted):
+    plain = history(uninterrupted()[0])
+    assert history(uninterrupted(workers=2)[0]) == plain
+    for other in ({"dtype": torch.bfloat16}, {"seed": 5}, {"lr": 0.04}):
+        for one, another in zip(plain, history(uninterrupted(**other)[0])):
+            assert one["train_loss"] != another["train_loss"] and one["test_loss"] != another["test_loss"], other
 
 
-def test_more_epochs_go_on_from_the_end(uninterrupted, tmp_path, monkeypatch, capsys):
-    compute_in(torch.float32, monkeypatch)
-    folder, _ = uninterrupted(torch.float32, 0)
-    Notebook(tmp_path).train(until=1, epochs=1)
-    Notebook(tmp_path).train(until=2, epochs=2)
-    assert "going on after epoch 1 of 2" in capsys.readouterr().out
-    assert history(tmp_path / "s9") == history(folder)[:2]
-
-
-# ---- the stop button --------------------------------------------------------------------------------------------
-
-
-def pressed_at(call):
-    """Raises KeyboardInterrupt when it is called for the call-th time."""
-    calls = iter(range(1, call + 1))
-
-    def callback(*arguments):
-        if next(calls) == call:
-            raise KeyboardInterrupt
-
-    return callback
-
-
-# Four training batches and two test batches an epoch: each of these is in the middle of the second epoch.
-@pytest.mark.parametrize(
-    ("loop", "call", "workers"), [("in_train", 7, 0), ("in_train", 7, 2), ("in_test", 4, 0), ("in_test", 3, 2)]
-)
-def test_stop_in_the_middle_of_an_epoch(loop, call, workers, uninterrupted, tmp_path, monkeypatch, capsys):
-    if len(os.sched_getaffinity(0)) < workers:
-        pytest.skip("more workers than cores are not started")
-    compute_in(torch.float32, monkeypatch)
-    folder, _ = uninterrupted(torch.float32, workers)
+# Per epoch two training batches and two test batches: each of these is in the middle of the second epoch.
+@pytest.mark.parametrize(("stop", "workers"), [(("train", 4), 0), (("train", 4), 2), (("test", 4), 0)])
+def test_stopped_in_the_middle_of_an_epoch_the_same_cell_goes_on(stop, workers, uninterrupted, tmp_path):
+    folder, _ = uninterrupted()
     notebook = Notebook(tmp_path, workers)
     with pytest.raises(KeyboardInterrupt):
-        notebook.train(**{loop: pressed_at(call)})
+        notebook.train(stop=stop)
     assert history(tmp_path / "s9") == history(folder)[:1]
-    checkpoint, last, _ = end_state(tmp_path / "s9")
-    assert [row["epoch"] for row in checkpoint["history"]] == [1]
-    assert_identical(checkpoint["model"], last)
-    assert files(tmp_path / "s9").keys() == {"checkpoint.pt", *READABLE}
-
-    capsys.readouterr()
-    notebook.train()  # the same cell of the same notebook once more: weights and generators are no longer those
-    assert f"going on after epoch 1 of {EPOCHS}" in capsys.readouterr().out
-    assert history(tmp_path / "s9") == history(folder)
-    assert_identical(end_state(tmp_path / "s9"), end_state(folder))
+    notebook.train()  # weights and generators are no longer those of the end of epoch 1
+    assert end_state(tmp_path / "s9") == end_state(folder)
 
 
-# ---- the same again, and side by side -----------------------------------------------------------------------------
-
-TRAIN = """
-import dataclasses, sys, torch, utils
-from models import Model
-root, name, threads = sys.argv[1:]
-torch.set_num_threads(int(threads))
-utils.autocast_dtype = lambda device: torch.float32
-whole = utils.load_images
-def load_images(dataset, split, root=None):
-    data, n = whole(dataset, split, root), {"train": 128, "test": 64}[split]
-    return dataclasses.replace(data, images=data.images[:n], labels=data.labels[:n])
-utils.load_images = load_images
-_, train_loader = utils.get_CIFARdataset_with_loader("train", {"batch_size": 32}, dataset="digits")
-_, test_loader = utils.get_CIFARdataset_with_loader("test", {"batch_size": 32}, dataset="digits")
-run = utils.Run(name, root=root)
-utils.seed_everything(4)
-model = Model(dropout_value=0.05)
-optimizer = utils.get_optimizer(model, "SGD", lr=0.05, momentum=0.9)
-scheduler = utils.get_scheduler(optimizer, step_size=2, gamma=0.5)
-lists = run.resume({"epochs": 2}, model, optimizer, scheduler)
-for epoch in range(2):
-    utils.train(model, "cpu", train_loader, optimizer, utils.get_loss(), *lists[:2])
-    utils.test(model, "cpu", test_loader, utils.get_loss(), *lists[2:])
-    scheduler.step()
-    run.save(*lists)
-"""
-
-
-def start_python(program, *arguments, **variables):
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} | variables
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def test_two_runs_at_once_in_other_processes_get_the_same_history(uninterrupted, tmp_path, monkeypatch):
-    compute_in(torch.float32, monkeypatch)
-    folder, _ = uninterrupted(torch.float32, 0)
-    threads = torch.get_num_threads()
-    processes = [
-        start_python(TRAIN, tmp_path, name, threads, PYTHONHASHSEED=seed) for name, seed in (("a", "1"), ("b", "2"))
-    ]
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=600)
-            assert process.returncode == 0, output
-    finally:
-        for process in processes:
-            process.kill()
-    assert history(tmp_path / "a") == history(tmp_path / "b") == history(folder)[:2]
-    assert_identical(end_state(tmp_path / "a")[1], end_state(tmp_path / "b")[1])
-
-
-def test_another_seed_gives_another_history(uninterrupted, tmp_path, monkeypatch):
-    compute_in(torch.float32, monkeypatch)
-    folder, _ = uninterrupted(torch.float32, 0)
-    Notebook(tmp_path, seed=4, name="same").train(until=1)
-    Notebook(tmp_path, seed=5, name="other").train(until=1)
-    assert history(tmp_path / "same") == history(folder)[:1]
-    for column in ("train_loss", "test_loss"):
-        assert history(tmp_path / "other")[0][column] != history(folder)[0][column]
-
-
-HOLD = "import sys, runs; run = runs.Run('small', root=sys.argv[1]); print('held', flush=True); sys.stdin.read()"
-
-
-def test_the_same_name_in_two_processes_is_refused(tmp_path):
-    held = runs.Run("small", root=tmp_path)
-    output, _ = start_python(HOLD, tmp_path).communicate(timeout=600)
-    assert "RuntimeError: another process holds the run 'small'" in output and "RUN_NAME" in output
-    assert held.folder.name == "small"
-    runs.Run("small", root=tmp_path)  # the same process may: a cell is run twice
-
-
-def test_a_run_can_be_taken_when_its_process_has_gone(tmp_path):
-    with start_python(HOLD, tmp_path) as process:
-        try:
-            assert process.stdout.readline() == "held\n"
-            with pytest.raises(RuntimeError, match=r"small.*RUN_NAME"):
-                runs.Run("small", root=tmp_path)
-            runs.Run("other", root=tmp_path)  # another name is nobody's business
-        finally:
-            process.kill()
-            process.wait()
-    runs.Run("small", root=tmp_path)
-
-
-@pytest.mark.parametrize("cell_of_the_run_too", [False, True])
-def test_stopped_in_the_first_epoch_it_starts_again_from_the_first_weights(
-    uninterrupted, tmp_path, monkeypatch, cell_of_the_run_too
-):
-    compute_in(torch.float32, monkeypatch)
-    folder, _ = uninterrupted(torch.float32, 0)
+@pytest.mark.parametrize("again", ["the training cell", "the cell of the run too", "all cells"])
+def test_stopped_in_epoch_1_it_starts_again_from_the_first_weights(again, uninterrupted, tmp_path, capsys):
     notebook = Notebook(tmp_path)
-
-    losses = []
-
-    def stop(*loss):
-        losses.append(loss)
-        if len(losses) == 3:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        notebook.train(in_train=stop)
-    if cell_of_the_run_too:
+        notebook.train(stop=("train", 2))
+    if again == "the cell of the run too":
         notebook.run = utils.Run("s9", data="digits", root=tmp_path)
-    notebook.train()  # the training cell, but not that of the model, run again
-    assert history(tmp_path / "s9") == history(folder)
+    elif again == "all cells":
+        notebook = Notebook(tmp_path)
+    notebook.train()
+    assert ("a new run" if again == "all cells" else "starting again, with epoch 1") in capsys.readouterr().out
+    assert end_state(tmp_path / "s9") == end_state(uninterrupted()[0])
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.04}, {"seed": 5}])
+def test_stopped_in_epoch_1_the_settings_may_change(change, uninterrupted, tmp_path):
+    """The model keeps its first weights when only the training cell is run again; another seed makes a new one."""
+    notebook = Notebook(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        notebook.train(stop=("test", 1))
+    if "seed" in change:
+        Notebook(tmp_path, **change).train()
+    else:
+        notebook.train(**change)
+    assert end_state(tmp_path / "s9") == end_state(uninterrupted(**change)[0])
+
+
+def test_between_two_names_each_run_starts_again_from_its_own_first_weights(uninterrupted, tmp_path, capsys):
+    notebook = Notebook(tmp_path)
+    first = notebook.run
+    for run in (first, utils.Run("other", root=tmp_path)):
+        notebook.run = run
+        with pytest.raises(KeyboardInterrupt):
+            notebook.train(stop=("train", 2))
+    assert "other: a new run from the weights that an earlier run left in this model" in capsys.readouterr().out
+    notebook.run = first
+    notebook.train()
+    assert end_state(tmp_path / "s9") == end_state(uninterrupted()[0])
+
+
+def test_a_new_model_keeps_its_weights_as_long_as_no_epoch_is_done(tmp_path):
+    """Such as pretrained ones, under the settings of a run that was stopped in epoch 1."""
+    notebook = Notebook(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        notebook.train(stop=("train", 1))
+    model = Model()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    notebook.run.resume({"epochs": 3, "seed": 4, "lr": 0.05}, model, utils.get_optimizer(model))
+    assert all(value.equal(weights[name]) for name, value in model.state_dict().items())
+
+
+WRAPPERS = {
+    "plain": lambda model: model,
+    "parallel": nn.DataParallel,
+    "compiled": functools.partial(torch.compile, backend="eager"),
+    "compiled, parallel": lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
+    "parallel, compiled": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("wrapper", list(WRAPPERS)[1:])
+def test_a_run_is_of_the_network_inside_its_wrapper(wrapper, tmp_path):
+    """It goes on with another wrapper or none, and its files are those of the plain network."""
+    numbers = []
+    for name in (wrapper, "plain", wrapper):
+        inner = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
+        model = WRAPPERS[name](inner)
+        run = utils.Run("wrapped", root=tmp_path)
+        lists = run.resume({}, model, torch.optim.SGD(model.parameters(), lr=0.1))
+        if numbers:
+            assert inner[0].bias.tolist() == [numbers[-1]] * 2
+        numbers.append(len(numbers) + 0.5)
+        nn.init.constant_(inner[0].bias, numbers[-1])
+        for values in lists:
+            values.append(1.0)
+        run.save(*lists)
+        weights = utils.load_weights(run / "last.pt")
+        assert weights.keys() == nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2)).state_dict().keys()
+        assert weights["0.bias"].tolist() == [numbers[-1]] * 2
+
+
+SCHEDULERS = {
+    "ExponentialLR": {"gamma": 0.5},
+    "CosineAnnealingLR": {"T_max": 4},
+    "OneCycleLR": {"max_lr": 0.5, "total_steps": 10},
+    "MultiStepLR": {"milestones": [1, 3], "gamma": 0.5},
+    "LinearLR": {},
+    "ReduceLROnPlateau": {"patience": 0},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_goes_on(name, tmp_path):
+    def start():
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+        return model, optimizer, getattr(torch.optim.lr_scheduler, name)(optimizer, **SCHEDULERS[name])
+
+    def step(optimizer, scheduler):
+        optimizer.step()
+        scheduler.step(*[1.0] * (name == "ReduceLROnPlateau"))
+        return optimizer.param_groups[0]["lr"]
+
+    rates = []
+    for _ in range(4):  # every epoch in another process, as it were
+        model, optimizer, scheduler = start()
+        run = utils.Run("run", root=tmp_path)
+        lists = run.resume({}, model, optimizer, scheduler)
+        rates.append(step(optimizer, scheduler))
+        for values in lists:
+            values.append(1.0)
+        run.save(*lists)
+    _, optimizer, scheduler = start()
+    assert rates == [step(optimizer, scheduler) for _ in range(4)]
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_an_optimizer_goes_on_in_its_own_way_of_computing(name, tmp_path):
+    """A checkpoint of a GPU, whose optimizer was fused, on a device where it is not, and back."""
+    batch = torch.randn(8, 3, 8, 8), torch.arange(8)
+    for epoch, fused in enumerate([True, False, True]):
+        model = nn.Sequential(nn.Conv2d(3, 8, 8), nn.Flatten(), nn.LogSoftmax(1))
+        optimizer = utils.get_optimizer(model, name, fused=fused)
+        run = utils.Run("run", root=tmp_path)
+        lists = run.resume({"epochs": 3}, model, optimizer)
+        assert [group["fused"] for group in optimizer.param_groups] == [fused] and len(lists[0]) == epoch
+        utils.train(model, "cpu", [batch], optimizer, utils.get_loss(), *lists[:2])
+        utils.test(model, "cpu", [batch], utils.get_loss(), *lists[2:])
+        run.save(*lists)

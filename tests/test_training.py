@@ -1,31 +1,34 @@
-"""train, test and the helpers: means against sums by hand, learning, and what they print."""
+"""train and test: what they compute, other people's networks and hooks, and what would be silently wrong."""
 
+import copy
+import functools
 import itertools
 import math
+import pickle
 import types
 
 import numpy as np
-import progress
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+import epoch
 import utils
 from models import Model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = [7, 5, 3]  # uneven batches: a mean over batches is not the mean over samples
+CPU = torch.device("cpu")
 
 
-class Linear(nn.Module):
-    """Scores that float32 arithmetic can be followed by hand."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(3 * 8 * 8, 4)
-
-    def forward(self, x):
-        return F.log_softmax(self.layer(x.flatten(1)).float(), dim=1)
+def linear(*end):
+    """Four classes of images (N, 3, 8, 8), by default as log-probabilities."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4), *(end or [nn.LogSoftmax(dim=1)]))
 
 
 @pytest.fixture
@@ -37,61 +40,53 @@ def batches():
 
 
 @pytest.fixture
+def cifar_batches():
+    return [(torch.randn(4, 3, 32, 32), torch.tensor([3, 1, 4, 1]))] * 2
+
+
+@pytest.fixture
 def in_float32(monkeypatch):
     monkeypatch.setattr(utils, "autocast_dtype", lambda device: torch.float32)
 
 
-def whole(batches):
-    images, labels = zip(*batches)
-    return torch.cat(images), torch.cat(labels)
+def train(model, batches, criterion=None, **options):
+    optimizer = options.pop("optimizer", None) or utils.get_optimizer(model, lr=0.1)
+    utils.train(model, "cpu", batches, optimizer, criterion or utils.get_loss(), verbose=False, **options)
 
 
-class Loader(list):
-    """The least that a loader is: batches, and a data set."""
+def evaluate(model, batches, criterion=None, **options):
+    return utils.test(model, "cpu", batches, criterion or utils.get_loss(), verbose=False, **options)
 
-    dataset = ()
+
+BOTH = pytest.mark.parametrize("run", [train, evaluate], ids=["train", "test"])
+
+
+# ---- what they compute -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seconds_per_batch", [0, 1])
-def test_test_reports_means_per_sample(batches, in_float32, monkeypatch, seconds_per_batch):
+def test_test_reports_means_per_sample_and_what_was_wrong(batches, in_float32, monkeypatch, seconds_per_batch):
     """Also when what was got wrong is read from the device twice a second, and not only at the end."""
     clock = types.SimpleNamespace(monotonic=itertools.count(step=seconds_per_batch).__next__)
-    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(epoch, "time", clock)
     torch.manual_seed(0)
-    model, losses, accuracies = Linear(), [], []
-    wrong = utils.test(model, "cpu", Loader(batches), utils.get_loss(), losses, accuracies)
-    images, labels = whole(batches)
-    with torch.no_grad():
-        scores = model(images)
+    model, losses, accuracies = linear(), [], []
+    wrong = evaluate(model, batches, test_losses=losses, test_acc=accuracies)
+    images, labels = (torch.cat(parts) for parts in zip(*batches))
+    scores = model(images).detach()
     predictions = scores.argmax(dim=1)
     assert losses == [pytest.approx(float(F.nll_loss(scores, labels)), rel=1e-6)]
     assert accuracies == [pytest.approx(100 * float((predictions == labels).float().mean()))]
-    expected = [i for i in range(len(labels)) if predictions[i] != labels[i]]
-    assert [(true, predicted) for _, true, predicted in wrong] == [
-        (int(labels[i]), int(predictions[i])) for i in expected
-    ]
-    assert all(torch.equal(sample[0], images[i]) for sample, i in zip(wrong, expected))
-    assert [(true.item(), predicted.item()) for _, true, predicted in wrong] == [sample[1:] for sample in wrong]
-
-
-def test_lists_may_be_left_out_and_are_never_shared(batches):
-    """As the original had it; its default lists were shared by all calls, so every epoch counted as a later one."""
-    model = Linear()
-    optimizer = utils.get_optimizer(model)
-    for _ in range(2):
-        utils.train(model, "cpu", Loader(batches), optimizer, utils.get_loss())
-        utils.test(model, "cpu", Loader(batches), utils.get_loss())
-    losses = []
-    utils.test(model, "cpu", Loader(batches), utils.get_loss(), losses)
-    assert len(losses) == 1
+    index = (predictions != labels).nonzero().flatten()
+    for got, expected in zip(zip(*wrong), (images, labels, predictions)):
+        assert torch.equal(torch.stack(got), expected[index])
+    assert np.array_equal(wrong.tested, np.bincount(labels))
 
 
 def test_train_takes_the_steps_of_plain_sgd(batches, in_float32):
     torch.manual_seed(0)
-    model, by_hand = Linear(), Linear()
+    model, by_hand, losses, accuracies = linear(), linear(), [], []
     by_hand.load_state_dict(model.state_dict())
-    losses, accuracies = [], []
-    optimizer = utils.get_optimizer(model, "SGD", lr=0.5, momentum=0.9)
     velocity = [torch.zeros_like(p) for p in by_hand.parameters()]
     total = correct = 0
     for images, labels in batches * 2:
@@ -103,275 +98,442 @@ def test_train_takes_the_steps_of_plain_sgd(batches, in_float32):
                 v.mul_(0.9).add_(gradient)
                 parameter -= 0.5 * v
         total, correct = total + loss.item() * len(labels), correct + int((scores.argmax(1) == labels).sum())
-    utils.train(model, "cpu", Loader(batches * 2), optimizer, utils.get_loss(), losses, accuracies)
-    for ours, theirs in zip(model.parameters(), by_hand.parameters()):
-        torch.testing.assert_close(ours, theirs)
+    optimizer = utils.get_optimizer(model, "SGD", lr=0.5, momentum=0.9)
+    train(model, batches * 2, optimizer=optimizer, train_losses=losses, train_acc=accuracies)
+    torch.testing.assert_close(list(model.parameters()), list(by_hand.parameters()))
     assert losses == [pytest.approx(total / 30, rel=1e-5)] and accuracies == [pytest.approx(100 * correct / 30)]
 
 
-def test_modes_gradients_and_lists(batches):
-    model, criterion = Linear(), utils.get_loss()
-    train_losses, train_acc, test_losses, test_acc = [9.0], [1.0], [], []
-    utils.train(model, "cpu", Loader(batches), utils.get_optimizer(model), criterion, train_losses, train_acc)
-    assert model.training and len(train_losses) == len(train_acc) == 2
+def test_modes_and_gradients(batches):
+    model = linear()
+    train(model.eval(), batches)
+    assert model.training
     model.zero_grad()
-    utils.test(model, torch.device("cpu"), Loader(batches), criterion, test_losses, test_acc)
-    assert not model.training and len(test_losses) == len(test_acc) == 1
-    assert all(parameter.grad is None for parameter in model.parameters())
+    evaluate(model, batches)
+    assert not model.training and all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_prints_a_line_each_with_loss_accuracy_and_data_set(digits, capsys):
-    model = Model()
-    _, loader = utils.get_CIFARdataset_with_loader("test", {"batch_size": 180}, dataset="digits")
-    capsys.readouterr()
-    losses, accuracies = [], []
-    utils.train(model, "cpu", loader, utils.get_optimizer(model), utils.get_loss(), losses, accuracies)
-    utils.test(model, "cpu", loader, utils.get_loss(), losses, accuracies)
-    captured = capsys.readouterr()
-    lines = captured.out.splitlines()
-    assert len(lines) == 2 and captured.err == ""  # no bar in a log file
-    assert "epoch 1  train" in lines[0] and "test" in lines[1]
-    for line, loss, accuracy in zip(lines, losses, accuracies):
-        assert f"loss {loss:.4f}" in line and f"{accuracy:.2f} %" in line and "digits (offline sample)" in line
+class Named(list):
+    dataset = types.SimpleNamespace(name="a few images")
 
 
-@pytest.mark.parametrize("position", [1, 3])
-def test_a_loss_that_is_not_finite_stops_the_run(batches, position):
-    batches[position - 1][0][0, 0, 0, 0] = math.nan
-    model, losses, accuracies = Linear(), [0.5, 0.4], [80.0, 82.0]
-    with pytest.raises(FloatingPointError, match=f"epoch 3, batch {position}: the loss is nan"):
-        utils.train(model, "cpu", Loader(batches), utils.get_optimizer(model), utils.get_loss(), losses, accuracies)
-    assert losses == [0.5, 0.4] and accuracies == [80.0, 82.0]
+def test_a_line_each_and_lists_that_are_never_shared(batches, capsys):
+    """Lists may be left out, as the original had it; its default lists were shared by all calls."""
+    model, losses, accuracies = linear(), [0.7], [60.0]
+    optimizer = utils.get_optimizer(model)
+    for lists in ([losses, accuracies], [], []):
+        utils.train(model, "cpu", Named(batches), optimizer, utils.get_loss(), *lists)
+    utils.test(model, "cpu", Named(batches), utils.get_loss(), losses, accuracies)
+    first, second, third, tested = capsys.readouterr().out.splitlines()
+    assert "epoch 2  train" in first and "epoch" not in second + third + tested and "test" in tested
+    for line, loss, accuracy in zip((first, tested), losses[1:], accuracies[1:], strict=True):
+        assert f"loss {loss:.4f}" in line and f"{accuracy:.2f} %" in line and "[a few images]" in line
+    evaluate(model, batches, test_losses=losses)
+    assert len(losses) == 4 and len(accuracies) == 3 and capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("label", [-1, 4])
-def test_labels_out_of_range_are_refused(batches, label):
-    batches[1][1][2] = label
-    model = Linear()
-    with pytest.raises(ValueError, match=rf"labels from .*{label}.*0 to 3"):
-        utils.train(model, "cpu", Loader(batches), utils.get_optimizer(model), utils.get_loss(), [], [])
-    with pytest.raises(ValueError, match=rf"labels from .*{label}.*0 to 3"):
-        utils.test(model, "cpu", Loader(batches), utils.get_loss(), [], [])
-
-
-def test_empty_loader_and_wrong_device_are_refused():
-    model, losses = Linear(), []
-    with pytest.raises(ValueError, match="empty"):
-        utils.test(model, "cpu", Loader(), utils.get_loss(), losses, losses)
-    with pytest.raises(ValueError, match=r"model is on meta.*cpu.*model\.to"):
-        utils.test(model.to("meta"), "cpu", Loader(), utils.get_loss(), losses, losses)
-    assert losses == []
-
-
-@pytest.mark.parametrize("name", ["LinearLR", "ConstantLR", "PolynomialLR"])
-def test_a_default_length_counts_epochs_too(name):
-    """torch's own is 5 steps, so 5 epochs of 7 batches are 35."""
-    scheduler = utils.get_scheduler(utils.get_optimizer(Linear(), lr=0.2), name=name, steps_per_epoch=7)
-    assert scheduler.total_iters == 35
-
-
-def test_optimizers_schedulers_and_losses_by_name():
-    model = Model()
-    sgd = utils.get_optimizer(model)
-    assert isinstance(sgd, utils.optim.SGD) and sgd.defaults["lr"] == 0.01 and sgd.defaults["momentum"] == 0.9
-    assert isinstance(utils.get_optimizer(model, "AdamW", lr=1e-3, weight_decay=0.1), torch.optim.AdamW)
-    scheduler = utils.get_scheduler(utils.get_optimizer(model, lr=0.2), step_size=5, gamma=0.75)
-    rates = []
-    for _ in range(11):
-        rates.append(scheduler.get_last_lr()[0])
-        scheduler.optimizer.step()
-        scheduler.step()
-    assert rates == pytest.approx([0.2 * 0.75 ** (epoch // 5) for epoch in range(11)])
-    cosine = utils.get_scheduler(sgd, name="CosineAnnealingLR", T_max=10)
-    assert isinstance(cosine, torch.optim.lr_scheduler.CosineAnnealingLR)
-    scores, labels = torch.randn(6, 10).log_softmax(dim=1), torch.arange(6)
-    assert utils.get_loss()(scores, labels) == F.nll_loss(scores, labels)
-    torch.testing.assert_close(utils.get_loss("cross_entropy")(scores, labels), F.nll_loss(scores, labels))
-
-
-def test_weight_decay_spares_biases_and_normalisation():
-    model = Model()
-    optimizer = utils.get_optimizer(model, lr=0.5, momentum=0, weight_decay=0.1, decay="weights")
-    before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # without a gradient only the decay is left: w - lr * decay * w
-    for name, value in model.named_parameters():
-        factor = 0.95 if name.endswith("conv.weight") or value.ndim == 4 else 1.0
-        torch.testing.assert_close(value.detach(), factor * before[name])
-
-
-def test_a_scheduler_given_to_train_is_stepped_after_every_batch():
-    batches = [(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))] * 10
-    rates = []
-
-    class Recorded(torch.optim.SGD):
-        def step(self, *args):
-            rates.append(self.param_groups[0]["lr"])
-            return super().step(*args)
-
-    model = Model()
-    optimizer = Recorded(model.parameters(), lr=0.1)
-    options = dict(max_lr=0.1, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False)
-    scheduler = utils.get_scheduler(optimizer, name="OneCycleLR", epochs=2, steps_per_epoch=10, **options)
-    for _ in range(2):
-        utils.train(model, "cpu", Loader(batches), optimizer, utils.get_loss(), [], [], scheduler)
-    peak = 0.2 * 20 - 1  # up in a straight line to the last batch of the first fifth, then down to nothing
-    expected = np.interp(range(20), [0, peak, 19], [0.1 / 25, 0.1, 0.1 / 25 / 1e4])
-    np.testing.assert_allclose(rates, expected, rtol=1e-6)
-
-
-def test_steps_of_the_scheduler_count_batches_or_epochs():
-    def rates(steps, **options):
-        optimizer = utils.get_optimizer(Model(), lr=0.2)
-        scheduler = utils.get_scheduler(optimizer, step_size=5, gamma=0.75, **options)
-        for _ in range(steps):
-            optimizer.step()
-            scheduler.step()
-            yield optimizer.param_groups[0]["lr"]
-
-    assert list(rates(60, steps_per_epoch=3))[2::3] == list(rates(20))
-    with pytest.raises(ValueError, match="ExponentialLR counts its steps"):
-        utils.get_scheduler(utils.get_optimizer(Model()), name="ExponentialLR", steps_per_epoch=3)
+def mlp():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 32), nn.ReLU(), nn.Linear(32, 10), nn.LogSoftmax(dim=1))
 
 
 @pytest.mark.parametrize(
-    "name, ours, in_batches",
-    [
-        ("CosineAnnealingLR", {"epochs": 4}, {"T_max": 12}),
-        ("CosineAnnealingLR", {"epochs": 4, "T_max": 2}, {"T_max": 6}),
-        ("CosineAnnealingWarmRestarts", {"epochs": 4, "T_0": 2}, {"T_0": 6}),
-        ("LinearLR", {"epochs": 4}, {"total_iters": 12}),
-        ("MultiStepLR", {"epochs": 4, "milestones": [1, 3]}, {"milestones": [3, 9]}),
-    ],
+    "network, lr, epochs, shuffled, low, high",
+    [(lambda: Model(0.02), 0.1, 3, False, 75, 100), (mlp, 0.02, 6, False, 50, 100), (mlp, 0.02, 6, True, 0, 25)],
+    ids=["Model", "a small network", "shuffled labels teach nothing"],
 )
-def test_lengths_are_epochs_though_the_steps_are_batches(name, ours, in_batches):
-    optimizers = [utils.get_optimizer(Model(), lr=0.2) for _ in range(2)]
-    mine = utils.get_scheduler(optimizers[0], name=name, steps_per_epoch=3, **ours)
-    torchs = getattr(torch.optim.lr_scheduler, name)(optimizers[1], **in_batches)
-    for _ in range(12):
-        for optimizer, scheduler in zip(optimizers, (mine, torchs)):
-            optimizer.step()
-            scheduler.step()
-        assert mine.get_last_lr() == torchs.get_last_lr()
-
-
-@pytest.mark.parametrize(
-    "call, listed",
-    [
-        (lambda: utils.get_optimizer(Model(), "SDG"), "SGD"),
-        (lambda: utils.get_scheduler(utils.get_optimizer(Model()), name="Step"), "StepLR"),
-        (lambda: utils.get_loss("nll"), "nll_loss"),
-        (lambda: utils.get_CIFARdataset_with_loader("train", {}, dataset="mnist"), "digits"),
-        (lambda: utils.get_CIFARdataset_with_loader("valid", {}, dataset="digits"), "test"),
-    ],
-)
-def test_unknown_names_list_what_there_is(call, listed):
-    with pytest.raises(ValueError, match=f"unknown .*{listed}"):
-        call()
-
-
-def learn(train_set_labels, epochs):
+def test_learning(network, lr, epochs, shuffled, low, high):
     utils.seed_everything(0)
-    kwargs = {"batch_size": 64}
+    kwargs = {"batch_size": 32, "sampler": torch.utils.data.SubsetRandomSampler(range(512))}
     _, train_loader = utils.get_CIFARdataset_with_loader("train", kwargs, dataset="digits")
-    _, test_loader = utils.get_CIFARdataset_with_loader("test", kwargs, dataset="digits")
-    train_loader.dataset.labels = train_set_labels
-    model, accuracies = Model(dropout_value=0.05), []
-    optimizer = utils.get_optimizer(model, "SGD", lr=0.1, momentum=0.9)
-    scheduler = utils.get_scheduler(optimizer, step_size=1, gamma=0.75)
+    _, test_loader = utils.get_CIFARdataset_with_loader("test", {"batch_size": 64}, dataset="digits")
+    if shuffled:
+        np.random.default_rng(0).shuffle(train_loader.dataset.labels)
+    model, accuracies = network(), []
+    optimizer = utils.get_optimizer(model, lr=lr)
+    scheduler = utils.get_scheduler(optimizer, "OneCycleLR", epochs=epochs, steps_per_epoch=len(train_loader))
     for _ in range(epochs):
-        utils.train(model, "cpu", train_loader, optimizer, utils.get_loss(), [], [])
-        scheduler.step()
-    utils.test(model, "cpu", test_loader, utils.get_loss(), [], accuracies)
-    return accuracies[0]
+        train(model, train_loader, optimizer=optimizer, scheduler=scheduler)
+    evaluate(model, test_loader, test_acc=accuracies)
+    assert low < accuracies[0] < high
 
 
-def test_a_few_epochs_on_the_digits_reach_90_percent(digits):
-    assert learn(digits["train"].labels, epochs=6) > 90
-
-
-def test_shuffled_labels_teach_nothing(digits):
-    shuffled = np.random.default_rng(0).permutation(digits["train"].labels)
-    assert learn(shuffled, epochs=6) < 30
-
-
-def test_star_import_gives_the_names_of_the_contract():
-    names = {}
-    exec("from utils import *", names)
-    contract = """get_CIFARdataset_with_loader get_train_transforms get_test_transforms GetCorrectPredCount train test
-        get_optimizer get_scheduler get_loss post_display post_accuracyplots optim get_image_from_tensor"""
-    assert all(name in names for name in contract.split()) and names["optim"] is torch.optim
-
-
-def float16_epoch(batches, fused, monkeypatch):
-    """(weights after an epoch in float16, how often GradScaler asked the device whether gradients had overflowed)."""
-    monkeypatch.setattr(utils, "autocast_dtype", lambda device: torch.float16)
-    read, item = [], torch.Tensor.item
-    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: read.append(tensor) or item(tensor))
-    torch.manual_seed(0)
-    model = Linear()
-    optimizer = utils.get_optimizer(model, lr=0.1, nesterov=True, weight_decay=5e-4, decay="weights", fused=fused)
-    utils.train(model, "cpu", Loader(batches), optimizer, utils.get_loss(), [], [])
-    monkeypatch.undo()
-    return model.layer.weight.detach(), len(read)
-
-
-def test_a_fused_optimizer_learns_the_same_and_does_not_wait_in_every_step(batches, monkeypatch):
-    plain, waits = float16_epoch(batches, False, monkeypatch)
-    fused, fused_waits = float16_epoch(batches, True, monkeypatch)
-    assert waits >= len(batches) and fused_waits == 0
-    torch.testing.assert_close(fused, plain)
-
-
-def test_a_fused_optimizer_goes_on_as_a_plain_one_does(batches, in_float32):
-    """After parameters were unfrozen, and with momentum in the memory layout that another device left it in."""
-    trained = []
-    for fused in (False, True):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 6), nn.Flatten(), nn.LogSoftmax(dim=1))
-        first, second = model[0].weight, model[1].weight
-        first.requires_grad_(False)
-        optimizer = utils.get_optimizer(model, lr=0.1, fused=fused)
-        utils.train(model, "cpu", Loader(batches), optimizer, utils.get_loss())
-        momentum = optimizer.state[second]["momentum_buffer"]
-        optimizer.state[second]["momentum_buffer"] = momentum.clone(memory_format=torch.contiguous_format)
-        assert momentum.stride() != optimizer.state[second]["momentum_buffer"].stride()
-        first.requires_grad_(True)
-        utils.train(model, "cpu", Loader(batches), optimizer, utils.get_loss())
-        trained.append([first.detach(), second.detach()])
-    torch.testing.assert_close(*trained)
-
-
-@pytest.mark.parametrize("epoch", ["train", "test"])
-def test_what_an_epoch_counts_is_read_from_the_device_at_its_end(batches, monkeypatch, epoch):
+@BOTH
+def test_what_an_epoch_counts_is_read_from_the_device_at_its_end(batches, monkeypatch, run):
     """And a few times a second in between, to be shown, but not while the clock stands still."""
-    monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: 0.0))
-    reads, read = [], progress.Tally.read
-    monkeypatch.setattr(progress.Tally, "read", lambda tally: reads.append(tally) or read(tally))
-    model = Linear()
-    if epoch == "train":
-        utils.train(model, "cpu", Loader(batches), utils.get_optimizer(model), utils.get_loss())
-    else:
-        utils.test(model, "cpu", Loader(batches), utils.get_loss())
+    monkeypatch.setattr(epoch, "time", types.SimpleNamespace(monotonic=lambda: 0.0))
+    reads, sums = [], epoch.Tally.sums
+    monkeypatch.setattr(epoch.Tally, "sums", lambda tally: reads.append(tally) or sums(tally))
+    run(linear(), batches)
     assert len(reads) == 1
 
 
-def test_a_fused_optimizer_survives_an_overflow_in_its_first_step(batches, monkeypatch):
-    """GradScaler skips the step; torch alone would then take its next step with momentum that was never set."""
-    uninitialised = torch.empty_like
-
-    def junk(*arguments, **options):
-        return uninitialised(*arguments, **options).fill_(1e30)
-
-    monkeypatch.setattr(torch, "empty_like", junk)
-    (images, labels), *others = batches
-    weights, _ = float16_epoch([(images * 1000, labels), *others], True, monkeypatch)
-    assert weights.abs().max() < 100
+def test_misclassified_samples_keep_no_batch_alive(cifar_batches):
+    """One in sixteen is wrong: what is pickled must be theirs alone."""
+    images = torch.randn(256, 3, 32, 32)
+    model = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+    labels = model(images).argmax(dim=1)
+    labels[::16] = (labels[::16] + 1) % 10
+    wrong = evaluate(model, [(images, labels)], utils.get_loss("cross_entropy"))
+    assert len(wrong) == 16 and len(pickle.dumps(wrong)) < 16 * (3 * 32 * 32 * 4 + 2000)
+    assert pickle.loads(pickle.dumps(wrong)).tested.sum() == 256
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_optimizers_are_fused_on_a_gpu():
-    model = Linear().cuda()
-    assert utils.get_optimizer(model).defaults["fused"] and utils.get_optimizer(model, "AdamW").defaults["fused"]
-    assert not utils.get_optimizer(model, foreach=True).defaults["fused"]
+@given(hnp.arrays(np.int64, st.integers(1, 40), elements=st.integers(0, 9)), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=30)
+def test_correct_count_is_numpys(labels, seed):
+    scores = np.random.default_rng(seed).normal(size=(len(labels), 10)).astype(np.float32)
+    expected = int((scores.argmax(axis=1) == labels).sum())
+    for predictions in (scores, scores.argmax(axis=1), scores.argmax(axis=1, keepdims=True)):
+        counted = utils.GetCorrectPredCount(torch.from_numpy(predictions), torch.from_numpy(labels))
+        assert counted == expected and isinstance(counted, int)
+
+
+@pytest.mark.parametrize(
+    "predictions, labels", [((3,), (4,)), ((3, 10), (4,)), ((4,), (4, 10)), ((10,), ()), ((4,), (4, 1))]
+)
+def test_a_count_of_what_torch_would_stretch_is_refused(predictions, labels):
+    with pytest.raises(ValueError) as refused:
+        utils.GetCorrectPredCount(torch.zeros(predictions), torch.zeros(labels))
+    assert str(predictions) in str(refused.value) and str(labels) in str(refused.value)
+
+
+# ---- other people's networks and tools -------------------------------------------------------------------------------
+
+
+class View(nn.Module):
+    """What every second student writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.classifier = nn.Conv2d(3, 4, 3), nn.Linear(4 * 6 * 6, 4)
+
+    def forward(self, x):
+        return F.log_softmax(self.classifier(self.conv(x).view(x.size(0), -1)), dim=1)
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.classifier = nn.Linear(3 * 8 * 8, 4)
+
+    def forward(self, images):
+        return F.log_softmax(self.classifier(images.view(len(images), -1)), dim=1)
+
+
+NETWORKS = {
+    "view behind a convolution": View,
+    "images.view": Mlp,
+    "torch's layers": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), linear()[0], nn.Linear(144, 4), nn.LogSoftmax(dim=1)),
+    "lazy layers": lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(4), nn.LogSoftmax(dim=1)),
+    "ours": lambda: Model(num_classes=4),
+}
+
+
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+def test_networks_of_all_kinds_keep_the_layout_of_their_weights(batches, cifar_batches, make):
+    """A `test` in inference_mode before training included, which is where lazy layers would be made."""
+    model = make()
+    if isinstance(model, Model):
+        batches = [(images, labels % 4) for images, labels in cifar_batches]
+    with torch.inference_mode():
+        wrong = evaluate(model, batches)
+    before = [parameter.stride() for parameter in model.parameters()]
+    train(model, batches)
+    evaluate(model, batches)
+    assert [parameter.stride() for parameter in model.parameters()] == before
+    for values in (model.parameters(), (parameter.grad for parameter in model.parameters())):
+        nn.utils.parameters_to_vector(values)  # by a view of each
+    assert all(image.is_contiguous() and image.clone().requires_grad_() is not None for image, _, _ in wrong)
+
+
+def test_batches_of_volumes():
+    volumes = [(torch.randn(4, 3, 5, 8, 8), torch.arange(4))]
+    model = nn.Sequential(nn.Conv3d(3, 4, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 4))
+    train(model, volumes, utils.get_loss("cross_entropy"))
+    evaluate(model, volumes, utils.get_loss("cross_entropy"))
+
+
+class Convolutions(TorchFunctionMode):
+    """Records for each image that a convolution gets whether its channels are innermost in memory."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.conv2d and args[0].shape[1] > 1 and args[0].shape[2] > 1:
+            self.innermost.append(args[0].stride(1) == 1)
+        return function(*args, **(kwargs or {}))
+
+
+@BOTH
+def test_our_network_computes_channels_last(cifar_batches, run):
+    """Which is faster; seen without hooks, which turn it off."""
+    with Convolutions() as seen:
+        seen.innermost = []
+        run(Model(), cifar_batches)
+    assert seen.innermost == [True] * 2 * 16  # all but the classifier
+
+
+@BOTH
+def test_a_hook_that_keeps_an_output_keeps_it_as_it_was(cifar_batches, run):
+    model, kept, copies = Model(dropout_value=0.1), {}, {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(
+            lambda module, _, out, name=name: (
+                kept.update({name: out}),
+                copies.update({name: out.detach().clone()}),
+                None,
+            )[-1]
+        )
+    run(model, cifar_batches)
+    assert len(kept) == len(list(model.modules()))
+    assert all(torch.equal(kept[name], copies[name]) for name in kept)
+    convolutions = [name for name in kept if name.endswith("conv")]
+    assert len(convolutions) == 13 and all(kept[name].min() < 0 for name in convolutions)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # as images have no gradient
+def test_hooks_of_every_kind_on_every_layer(cifar_batches, in_float32):
+    """With a `view` of what a convolution takes and gives, which images with innermost channels do not have."""
+    torch.manual_seed(0)
+    model, calls, losses = Model(dropout_value=0.0), set(), []
+    images, labels = cifar_batches[0]
+    expected = F.nll_loss(copy.deepcopy(model)(images), labels).item()
+
+    def look(kind, name):
+        def hook(module, *tensors):
+            calls.add((kind, name))
+            for tensor in tensors:
+                tensor = tensor[0] if isinstance(tensor, tuple) else tensor
+                if isinstance(module, nn.Conv2d) and tensor is not None:  # as the gradient of images is
+                    tensor.view(-1)
+
+        return hook
+
+    kinds = ["forward", "forward_pre", "full_backward", "full_backward_pre"]
+    for name, module in model.named_modules():
+        for kind in kinds:
+            getattr(module, f"register_{kind}_hook")(look(kind, name))
+    train(model, cifar_batches[:1], train_losses=losses)
+    assert losses == [pytest.approx(expected, rel=1e-4)]
+    assert len(calls) == len(kinds) * len(list(model.modules()))
+    calls.clear()
+    evaluate(model, cifar_batches)
+    assert calls == {(kind, name) for kind in kinds[:2] for name, _ in model.named_modules()}
+
+
+@BOTH
+def test_layers_are_faster_only_meanwhile(cifar_batches, monkeypatch, run):
+    """Also when the loader breaks down in mid-epoch."""
+    model, faster, forward = Model(dropout_value=0.1), [], Model.forward
+
+    def looking(self, x):
+        faster.append([name for name, module in model.named_modules() if "forward" in vars(module)])
+        return forward(self, x)
+
+    def loader():
+        yield from cifar_batches
+        raise OSError("the disk")
+
+    monkeypatch.setattr(Model, "forward", looking)
+    with pytest.raises(OSError, match="the disk"):
+        run(model, loader())
+    assert [len(names) for names in faster] == [4 + 13] * 2  # depthwise with two outputs per channel, and dropout
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "before, deterministic, inside", [(False, False, True), (False, True, False), (True, False, True)]
+)
+def test_cudnn_searches_for_kernels_only_meanwhile(monkeypatch, before, deterministic, inside):
+    cudnn = types.SimpleNamespace(benchmark=before, deterministic=deterministic)
+    monkeypatch.setattr(torch.backends, "cudnn", cudnn)
+    with pytest.raises(OSError), utils._made_fast(nn.Identity(), torch.device("cuda")):
+        assert cudnn.benchmark == inside
+        raise OSError
+    assert cudnn.benchmark == before
+
+
+def test_weight_averaging(cifar_batches):
+    """torch.optim.swa_utils, with our batches and our train and test."""
+    model = Model()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    weights = []
+    for _ in range(2):
+        train(model, cifar_batches)
+        averaged.update_parameters(model)
+        weights.append(model.classifier.weight.detach().clone())
+    torch.optim.swa_utils.update_bn(cifar_batches, averaged)
+    torch.testing.assert_close(averaged.module.classifier.weight.detach(), sum(weights) / 2)
+    assert len(evaluate(averaged, cifar_batches)) <= 8
+    assert (averaged.module.C1[0].norm.num_batches_tracked, model.training) == (2, True)
+
+
+# ---- what would be silently wrong ------------------------------------------------------------------------------------
+
+
+class OwnLoss(nn.Module):
+    def __init__(self, function, **options):
+        super().__init__()
+        self.loss = functools.partial(function, **options)
+
+    def forward(self, scores, labels):
+        return self.loss(scores, labels)
+
+
+NLL = {
+    "get_loss": utils.get_loss(),
+    "weighted": nn.NLLLoss(weight=torch.tensor([1.0, 2, 3, 4])),
+    "function": F.nll_loss,
+    "partial": functools.partial(F.nll_loss, weight=torch.tensor([1.0, 2, 3, 4])),
+    "lambda": lambda scores, labels: F.nll_loss(scores, labels),
+    "own": OwnLoss(F.nll_loss),
+}
+CROSS_ENTROPY = {
+    "get_loss": utils.get_loss("cross_entropy", label_smoothing=0.1),
+    "function": F.cross_entropy,
+    "partial": functools.partial(F.cross_entropy, label_smoothing=0.1),
+    "lambda": lambda scores, labels: F.cross_entropy(scores, labels),
+    "own": OwnLoss(F.cross_entropy),
+}
+CRITERIA = {f"NLL: {name}": value for name, value in NLL.items()}
+CRITERIA |= {f"cross-entropy: {name}": value for name, value in CROSS_ENTROPY.items()}
+ENDS = {  # of a network, and which criteria take it
+    "log-probabilities": ([nn.LogSoftmax(dim=1)], "NLL, cross-entropy"),
+    "logits": ([nn.Identity()], "cross-entropy"),
+    "confident logits": ([nn.Hardtanh(-30, 30)], "cross-entropy"),
+    "probabilities": ([nn.Softmax(dim=1)], ""),
+    "log_softmax over the batch": ([nn.LogSoftmax(dim=0)], "cross-entropy"),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("end", ENDS)
+def test_criterion_and_scores_must_agree(batches, run, end, criterion):
+    layers, taken = ENDS[end]
+    model = linear(*layers)
+    if criterion.split(":")[0] in taken:
+        run(model, batches, CRITERIA[criterion])
+        return
+    before = model[1].weight.detach().clone()
+    with pytest.raises(ValueError, match=r'the model returns .*get_loss\("cross_entropy"\)'):
+        run(model, batches, CRITERIA[criterion])
+    assert torch.equal(model[1].weight, before)
+
+
+@pytest.mark.parametrize("criterion", [utils.get_loss(), F.cross_entropy])
+def test_two_softmaxes_are_refused(cifar_batches, criterion):
+    """As of a head that ends in one, in a network that applies log_softmax to it."""
+    model = Model()
+    model.classifier = nn.Sequential(model.classifier, nn.Softmax(dim=1))
+    with pytest.raises(ValueError, match="softmax twice"):
+        train(model, cifar_batches, criterion)
+    train(nn.Sequential(Model(), nn.LogSoftmax(dim=1)), cifar_batches, criterion)  # which changes nothing
+
+
+class Rounded(nn.Module):
+    """Log-probabilities as half precision leaves them."""
+
+    def __init__(self, dtype, classes, spread):
+        super().__init__()
+        self.dtype, self.spread, self.layer = dtype, spread, nn.Linear(192, classes)
+
+    def forward(self, x):
+        return F.log_softmax((self.spread * self.layer(x.flatten(1))).to(self.dtype), dim=1)
+
+
+@pytest.mark.parametrize("spread", [0, 1, 30])
+@pytest.mark.parametrize("classes", [4, 100, 1000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_no_disagreement(batches, dtype, classes, spread):
+    for criterion in (utils.get_loss(), utils.get_loss("cross_entropy")):
+        evaluate(Rounded(dtype, classes, spread), batches, criterion)
+
+
+def test_losses_of_another_kind_take_any_scores(batches):
+    for criterion in (nn.MultiMarginLoss(), lambda scores, labels: F.mse_loss(scores, F.one_hot(labels, 4).float())):
+        for layers, _ in ENDS.values():
+            train(linear(*layers), batches, criterion)
+    zero = linear(nn.Identity())
+    nn.init.zeros_(zero[1].weight), nn.init.zeros_(zero[1].bias)
+    train(zero, batches, F.cross_entropy)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        nn.NLLLoss(reduction="sum"),
+        utils.get_loss("cross_entropy", reduction="sum"),
+        functools.partial(F.nll_loss, reduction="sum"),
+        nn.NLLLoss(reduction="none"),
+        OwnLoss(F.nll_loss, reduction="sum"),
+        OwnLoss(F.cross_entropy, reduction="sum"),
+        OwnLoss(F.nll_loss, reduction="none"),
+    ],
+)
+def test_a_loss_that_is_not_the_mean_is_refused(batches, run, criterion):
+    with pytest.raises(ValueError, match=r"criterion.*must be .*mean"):
+        run(linear(), batches, criterion)
+
+
+def spoiled(batches, change):
+    """The batches with another second one."""
+    images, labels = batches[1]
+    return [batches[0], change(images.clone(), labels.clone()), batches[2]]
+
+
+def first_set_to(tensor, value):
+    tensor.view(-1)[0] = value
+    return tensor
+
+
+BAD_BATCHES = {
+    "no batch": (lambda b: [], ValueError, "the loader is empty"),
+    "an empty batch": (lambda b: [(b[0][0][:0], b[0][1][:0])], ValueError, r"\(0, 3, 8, 8\).*N > 0"),
+    "bytes": (lambda b: spoiled(b, lambda x, y: (x.byte(), y)), ValueError, "torch.uint8 images.*floating-point"),
+    "arrays": (lambda b: spoiled(b, lambda x, y: (x.numpy(), y)), TypeError, "a ndarray and a Tensor"),
+    "labels in a list": (lambda b: spoiled(b, lambda x, y: (x, y.tolist())), TypeError, "a Tensor and a list"),
+    "labels as floats": (lambda b: spoiled(b, lambda x, y: (x, y.float())), ValueError, "torch.float32 labels.*int64"),
+    "labels of 32 bits": (lambda b: spoiled(b, lambda x, y: (x, y.int())), ValueError, "torch.int32 labels.*int64"),
+    "one-hot labels": (lambda b: spoiled(b, lambda x, y: (x, F.one_hot(y, 4))), ValueError, r"labels \(5, 4\).*\(N,\)"),
+    "fewer labels": (lambda b: spoiled(b, lambda x, y: (x, y[:3])), ValueError, r"labels \(3,\)"),
+    "a label too large": (lambda b: spoiled(b, lambda x, y: (x, first_set_to(y, 4))), ValueError, "to 4;.*from 0 to 3"),
+    "a negative label": (lambda b: spoiled(b, lambda x, y: (x, first_set_to(y, -1))), ValueError, "from -1.*0 to 3"),
+    "a NaN": (lambda b: spoiled(b, lambda x, y: (first_set_to(x, math.nan), y)), FloatingPointError, "batch 2: .*nan"),
+    "an infinity": (lambda b: spoiled(b, lambda x, y: (first_set_to(x, math.inf), y)), FloatingPointError, "batch 2"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BATCHES)
+def test_bad_batches_are_refused_and_the_lists_left_alone(batches, case):
+    bad, error, words = BAD_BATCHES[case]
+    losses, accuracies = [0.5, 0.4], [80.0, 82.0]
+    with pytest.raises(error, match=words) as in_training:
+        train(linear(), bad(batches), train_losses=losses, train_acc=accuracies)
+    with pytest.raises(error, match=words) as in_test:
+        evaluate(linear(), bad(batches), test_losses=losses, test_acc=accuracies)
+    assert (losses, accuracies) == ([0.5, 0.4], [80.0, 82.0])
+    if error is FloatingPointError:  # a test changes no weights, so nobody needs to go back to a checkpoint
+        assert "epoch 3" in str(in_training.value) and "checkpoint" in str(in_training.value)
+        assert "test" in str(in_test.value) and "checkpoint" not in str(in_test.value)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "end, found", [(nn.Flatten(0), r"\(28,\)"), (nn.Unflatten(1, (2, 2)), r"\(7, 2, 2\)"), (nn.LSTM(4, 4), "a tuple")]
+)
+def test_what_is_not_scores_is_refused(batches, run, end, found):
+    with pytest.raises(ValueError, match=rf"the model returned {found}.*\(N, classes\)"):
+        run(linear(end), batches)
+
+
+@BOTH
+def test_lists_in_each_others_place_are_refused(batches, run):
+    names = ("train_losses", "train_acc") if run is train else ("test_losses", "test_acc")
+    for lists in (([85.3], [0.42]), ([11.0, 85.3], [2.3, 0.42])):
+        with pytest.raises(ValueError, match=r"85\.3.*0\.42.*order is train_losses, train_acc"):
+            run(linear(), batches, **dict(zip(names, lists)))
+    for lists in (([2.3], [10.0]), ([11.5], [9.8]), ([0.01], [99.0]), ([4.6], [1.0]), ([], [])):  # bad ones, too
+        run(linear(), batches, **dict(zip(names, lists)))
+    one = []
+    with pytest.raises(ValueError, match="one list"):
+        run(linear(), batches, **dict.fromkeys(names, one))
