@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn, optim
 
 from output import progress_bar
-from parallel import sum_over_processes
+from parallel import rank, sum_over_processes
 
 # ---- what it counts ------------------------------------------------------------------------------------------------
 
@@ -96,11 +96,15 @@ class MisclassifiedSamples(list):
 def batch_bar(loader, description):
     """A bar of the batches of a loader."""
     # It gets the length and not the loader, of which older versions of tqdm start a second epoch.
-    return progress_bar(total=operator.length_hint(loader) or None, desc=description, unit="batch", leave=False)
+    options = {"disable": True} if rank() else {}
+    total = operator.length_hint(loader) or None
+    return progress_bar(total=total, desc=description, unit="batch", leave=False, **options)
 
 
 def report(what, split, loss, accuracy, seconds, loader):
-    """The line that `train` and `test` print."""
+    """The line that `train` and `test` print, in the first of several processes."""
+    if rank():
+        return
     data = getattr(getattr(loader, "dataset", loader), "name", type(loader).__name__)
     print(f"{what:>8}  {split:5}  loss {loss:.4f}  accuracy {accuracy:5.2f} %  {seconds:6.1f} s  [{data}]", flush=True)
 
@@ -250,8 +254,8 @@ def check_scores(scores, labels, criterion, loss):
     if (probabilities and scores.shape[1] > 1) or twice:
         wrong = "takes the softmax twice" if twice and not probabilities else "returns probabilities"
         raise ValueError(
-            f"the model {wrong}, and both losses take the logarithm of a softmax. Let it return scores instead, without "
-            'any softmax, and train with get_loss("cross_entropy")'
+            f"the model {wrong}, and both losses take the logarithm of a softmax. Let it return scores instead, "
+            'without any softmax, and train with get_loss("cross_entropy")'
         )
     if takes_logs and (scores.logsumexp(dim=1).abs() > 0.1).any():
         raise ValueError(

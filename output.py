@@ -56,8 +56,9 @@ def save_figure(figure, path=None):
 
 def progress_bar(iterable=None, **options):
     """tqdm's bar in a notebook or a terminal; none in a log file, or where its own switch TQDM_DISABLE is set."""
-    off = True if os.environ.get("TQDM_DISABLE") else None  # None leaves it to whether there is a terminal
-    return tqdm(iterable, disable=off, **options)
+    if os.environ.get("TQDM_DISABLE"):
+        options["disable"] = True
+    return tqdm(iterable, **{"disable": None} | options)  # None leaves it to whether there is a terminal
 
 
 def in_notebook():

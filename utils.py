@@ -39,7 +39,7 @@ from image_sets import CIFAR10_MEAN, CIFAR10_STD, load_images, split_validation
 from layers import evaluation_mode, faster_layers
 from optimization import fit_fused_state, get_loss, get_optimizer, get_scheduler
 from output import in_notebook, save_figure
-from parallel import rank, share_buffers, unwrap, world_size
+from parallel import gather, rank, share_buffers, unwrap, world_size
 from predict import class_names, predict
 from receptive_field import post_receptive_field
 from recipes import build_model, build_training, get_recipe, run_settings
@@ -135,14 +135,14 @@ def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", ro
         if sampler is None:
             shuffle = datasettype == "train" if shuffle is None else shuffle
             if world_size() > 1 and shuffle:
-                sampler = DistributedSampler(data, seed=torch.initial_seed() % 2**32)
+                sampler = DistributedSampler(data, seed=gather(torch.initial_seed())[0] % 2**32)
             elif shuffle:
                 sampler = RandomSampler(data, generator=generator)
             else:
                 sampler = InOrder(data)
         options["sampler"] = SeededSampler(sampler, generator)
-    # DataLoader seeds its workers from this generator, once an epoch. Left to torch's own generator, that would make
-    # the number of workers change everything drawn after it.
+    # DataLoader seeds its workers from this generator, once per epoch; from torch's own, that would change everything
+    # drawn after it.
     options.setdefault("generator", torch.Generator().manual_seed(torch.initial_seed()))
     return data.class_to_idx, DataLoader(data, **options)
 
@@ -466,7 +466,7 @@ def post_misclassified(misclassified, label_map, model, title="", path=None):
     count = f"{len(misclassified):,} mistakes"
     count += ", the ten surest and ten of the rest" if len(misclassified) > 20 else ""
     heading = f"{title}: {count}" if title else count
-    return save_figure(_image_grid(pictures, titles, heading, 4, 5), path)
+    return save_figure(_image_grid(pictures, titles, heading, max(1, -(-len(pictures) // 5)), 5), path)
 
 
 def showmisclassifiedsamples(misclassified, label_map, title="", path=None):

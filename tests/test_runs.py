@@ -328,16 +328,13 @@ def test_a_stopped_session_lives_on_after_one_line(session, ipython, tmp_path, c
 
 
 def test_a_new_run_says_that_its_model_is_not_new(tmp_path, capsys):
-    """As when a notebook gets another RUN_NAME, or its run is deleted, and the cell of the model is not run again."""
-    run, model, lists = start(tmp_path)
-    save(run, model, lists, 10.0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    trained = "a new run from the weights that an earlier run left in this model"
-    Run("other", root=tmp_path).resume(SETTINGS, model, optimizer)
-    assert trained in capsys.readouterr().out
+    """As when a run is deleted, or a notebook gets another RUN_NAME, and the cell of the model is not run again."""
+    arguments = run, model, _ = start(tmp_path)
+    save(*arguments, 10.0)
     (run / "checkpoint.pt").unlink()
-    run.resume(SETTINGS, model, optimizer)
-    assert trained in capsys.readouterr().out
+    for other in (run, Run("other", root=tmp_path)):
+        other.resume(SETTINGS, model, sgd(model))
+        assert f"{other}: a new run from the weights that an earlier run left in this model" in capsys.readouterr().out
     start(tmp_path / "elsewhere")
     assert capsys.readouterr().out.endswith("small: a new run\n")
 

@@ -224,7 +224,9 @@ NETWORKS = {
     "view behind a convolution": View,
     "images.view": Mlp,
     "torch's layers": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), linear()[0], nn.Linear(144, 4), nn.LogSoftmax(dim=1)),
-    "lazy layers": lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(4), nn.LogSoftmax(dim=1)),
+    "lazy layers": lambda: nn.Sequential(
+        nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(4), nn.LogSoftmax(dim=1)
+    ),
     "ours": lambda: Model(num_classes=4),
 }
 
@@ -246,11 +248,15 @@ def test_networks_of_all_kinds_keep_the_layout_of_their_weights(batches, cifar_b
     assert all(image.is_contiguous() and image.clone().requires_grad_() is not None for image, _, _ in wrong)
 
 
-def test_batches_of_volumes():
-    volumes = [(torch.randn(4, 3, 5, 8, 8), torch.arange(4))]
-    model = nn.Sequential(nn.Conv3d(3, 4, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 4))
-    train(model, volumes, utils.get_loss("cross_entropy"))
-    evaluate(model, volumes, utils.get_loss("cross_entropy"))
+@pytest.mark.parametrize(
+    "shape, layers",
+    [((4, 20), [nn.Linear(20, 4)]), ((4, 3, 5, 8, 8), [nn.Conv3d(3, 4, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten()])],
+    ids=["vectors", "volumes"],
+)
+def test_batches_of_other_shapes(shape, layers):
+    model, batch = nn.Sequential(*layers), (torch.randn(shape), torch.arange(4))
+    train(model, [batch], F.cross_entropy)
+    evaluate(model, [batch], F.cross_entropy)
 
 
 class Convolutions(TorchFunctionMode):
