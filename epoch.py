@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn, optim
 
 from output import progress_bar
-from parallel import rank, sum_over_processes
+from parallel import rank, sum_over_processes, unwrap
 
 # ---- what it counts ------------------------------------------------------------------------------------------------
 
@@ -140,7 +140,8 @@ def check_optimizer(model, optimizer, criterion):
     if not missing:
         return
     names = ", ".join(list(missing)[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-    if foreign or getattr(optimizer, "of_whole_model", False):
+    made_for = getattr(optimizer, "made_for", lambda: None)()
+    if foreign or (made_for is not None and unwrap(made_for) is unwrap(model)):
         raise ValueError(
             f"the optimizer does not have the parameters {names} of this model, so they would never be trained; it was "
             "made for another model, or before a layer was replaced. Make it again, with get_optimizer(model, ...)"
@@ -152,6 +153,19 @@ def steps_taken(scheduler):
     """How often a scheduler was stepped; None of one that does not count."""
     parts = getattr(scheduler, "_schedulers", [])  # a ChainedScheduler leaves counting to them
     return getattr(scheduler, "last_epoch", getattr(parts[0], "last_epoch", None) if parts else None)
+
+
+def _counts_epochs(scheduler, batches):
+    """Whether a scheduler counts epochs: get_scheduler says so, or counting batches it would be through within one."""
+    if hasattr(scheduler, "steps_per_epoch"):
+        return scheduler.steps_per_epoch == 1 and batches != 1
+    if isinstance(scheduler, optim.lr_scheduler.CosineAnnealingLR):
+        return scheduler.T_max < batches
+    if isinstance(scheduler, optim.lr_scheduler.MultiStepLR):
+        return max(scheduler.milestones, default=batches) < batches
+    if isinstance(scheduler, (optim.lr_scheduler.StepLR, optim.lr_scheduler.ExponentialLR)):
+        return scheduler.gamma ** (batches // getattr(scheduler, "step_size", 1)) < 0.01
+    return isinstance(scheduler, optim.lr_scheduler.ReduceLROnPlateau)
 
 
 def check_scheduler(scheduler, optimizer, loader):
@@ -169,7 +183,7 @@ def check_scheduler(scheduler, optimizer, loader):
         raise ValueError("the scheduler is of another optimizer, whose learning rate it would set; make it again")
     parts = [scheduler, *getattr(scheduler, "_schedulers", [])]  # of a SequentialLR, say
     made_for = {part.steps_per_epoch for part in parts if hasattr(part, "steps_per_epoch")}
-    if isinstance(scheduler, optim.lr_scheduler.ReduceLROnPlateau) or (1 in made_for and batches != 1):
+    if any(_counts_epochs(part, batches) for part in parts):
         raise ValueError(
             f"train steps its scheduler after every batch, and this {type(scheduler).__name__} counts epochs. Call "
             "train without it and step it after each epoch, or make it with "

@@ -27,6 +27,7 @@ from speed import processor
 import utils
 from image_sets import load_images
 from output import save_figure, write_atomically
+from pretrained import layers_of
 from recipes import RECIPES, flatten_recipe
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -70,6 +71,7 @@ def train_recipe(name, epochs, seed, device):
         "type": str(utils.autocast_dtype(device)),
         "data": data.name,
         **{key: summary[key] for key in ("threads", "versions", "hyperparameters")},
+        "layers": layers_of(model),
         "train_accuracy_percent": train_acc[-1],
         "unaugmented_train_accuracy_percent": plain_acc[0],
         "test_accuracy_percent": test_acc[-1],

@@ -1,7 +1,5 @@
 """The transforms: what the original ones did, and that the batched path does what Compose does, image by image."""
 
-import warnings
-
 import albumentations as A
 import cv2
 import numpy as np
@@ -15,22 +13,19 @@ from augment import BATCHED, ShiftScaleRotate, augment_batch
 
 N = 4000
 MEAN_COLOUR = np.array([125, 123, 114])  # 255 * (0.4914, 0.4822, 0.4465), rounded
+WITH_CROP = utils.get_train_transforms(crop_padding=4).transforms
 
 
-def rng(seed=0):
-    return np.random.default_rng(seed)
+def random_images(n):
+    return np.random.default_rng(0).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
 
 
-def random_images(n, seed=0):
-    return rng(seed).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
-
-
-def hwc(batch):
-    return batch.permute(0, 2, 3, 1).numpy()
+def augmented(pipeline, images, seed=0):
+    return augment_batch(pipeline, images.copy(), np.random.default_rng(seed))
 
 
 def by_batch(transforms, images, seed=0):
-    return hwc(augment_batch(A.Compose(transforms), images.copy(), rng(seed)))
+    return augmented(A.Compose(transforms), images, seed).permute(0, 2, 3, 1).numpy()
 
 
 def by_image(transforms, images, seed=0):
@@ -50,24 +45,20 @@ def changed(before, after):
     return (before != after).any(axis=(1, 2, 3))
 
 
+def is_share(fired, p):
+    return stats.binomtest(int(fired.sum()), len(fired), p).pvalue > 1e-4
+
+
 @PATHS
 @pytest.mark.parametrize("kind, p", [(A.HorizontalFlip, 0.1), (ShiftScaleRotate, 0.1), (A.CoarseDropout, 0.3)])
 def test_how_often_each_fires(kind, p, path):
     images = random_images(N)
-    assert stats.binomtest(int(changed(images, path([transform_of(kind)], images)).sum()), N, p).pvalue > 1e-4
+    assert is_share(changed(images, path([transform_of(kind)], images)), p)
 
 
 def test_they_fire_independently_of_each_other():
-    transforms = utils.get_train_transforms().transforms[:3]
-    untouched = ~changed(random_images(N), by_batch(transforms, random_images(N)))
-    assert stats.binomtest(int(untouched.sum()), N, 0.9 * 0.9 * 0.7).pvalue > 1e-4
-
-
-@PATHS
-def test_flip_mirrors_left_and_right(path):
-    images = random_images(200)
-    after = path([A.HorizontalFlip(p=1)], images)
-    assert np.array_equal(after, images[:, :, ::-1])
+    images = random_images(N)
+    assert is_share(~changed(images, by_batch(utils.get_train_transforms().transforms[:3], images)), 0.9 * 0.9 * 0.7)
 
 
 @PATHS
@@ -86,7 +77,7 @@ def test_hole_is_one_16x16_square_of_the_mean_colour_anywhere_inside(path):
 
 
 def test_shift_scale_rotate_draws_uniformly_within_its_ranges():
-    matrices = transform_of(ShiftScaleRotate).matrices(rng(), N, (32, 32, 3))
+    matrices = transform_of(ShiftScaleRotate).matrices(np.random.default_rng(0), N, (32, 32, 3))
     scale = np.hypot(matrices[:, 0, 0], matrices[:, 0, 1])
     angle = np.degrees(np.arctan2(matrices[:, 0, 1], matrices[:, 0, 0]))
     centre = matrices @ np.array([15.5, 15.5, 1])  # where the centre of the image goes
@@ -115,65 +106,41 @@ def test_shift_scale_rotate_is_opencvs_rotation_about_the_centre_with_reflected_
     assert np.array_equal(shifted[:, 3:], image[:, :-3]) and np.array_equal(shifted[:, :3], image[:, 3:0:-1])
 
 
-@PATHS
-def test_affine_outcomes_have_the_same_distribution(path):
-    """Where a bright spot goes, and how bright it stays, batched and by Compose."""
-    images = np.zeros((1500, 32, 32, 3), dtype=np.uint8)
+def test_shift_scale_rotate_moves_a_bright_spot_alike_batched_and_by_compose():
+    images = np.zeros((1000, 32, 32, 3), dtype=np.uint8)
     images[:, 14:18, 20:24] = 255
-    weights = path([ShiftScaleRotate(p=1)], images, seed=1).mean(axis=3) / 255
-    other = by_image([ShiftScaleRotate(p=1)], images, seed=2).mean(axis=3) / 255
-    grid = np.arange(32)
+    spots = [path([ShiftScaleRotate(p=1)], images)[..., 0] / 255 for path in (by_batch, by_image)]
     for axis in (1, 2):
-        centres = [(w.sum(axis=3 - axis) * grid).sum(axis=1) / w.sum(axis=(1, 2)) for w in (weights, other)]
+        centres = [spot.sum(axis=3 - axis) @ np.arange(32) / spot.sum(axis=(1, 2)) for spot in spots]
         assert stats.ks_2samp(*centres).pvalue > 1e-4
-    assert stats.ks_2samp(weights.sum(axis=(1, 2)), other.sum(axis=(1, 2))).pvalue > 1e-4
-
-
-def test_normalisation_and_layout():
-    images = random_images(8)
-    batch = augment_batch(utils.get_test_transforms(), images.copy(), rng())
-    expected = (images / 255 - np.array(utils.CIFAR10_MEAN)) / np.array(utils.CIFAR10_STD)
-    np.testing.assert_allclose(hwc(batch), expected, atol=1e-5)
-    assert batch.dtype == torch.float32 and batch.shape == (8, 3, 32, 32)
-    assert batch.is_contiguous()  # which a view of the images relies on
-    single = utils.get_test_transforms()(image=images[0])["image"]
-    torch.testing.assert_close(batch[0], single)
 
 
 @PATHS
 def test_crops_are_windows_of_the_reflected_image_each_as_likely(path):
-    transforms = utils.get_train_transforms(crop_padding=4).transforms
-    crop = [transform for transform in transforms if isinstance(transform, (A.Pad, A.RandomCrop))]
-    images = random_images(N)
+    crop = [transform for transform in WITH_CROP if isinstance(transform, (A.Pad, A.RandomCrop))]
+    images = random_images(2000)
     padded = np.stack([cv2.copyMakeBorder(image, 4, 4, 4, 4, cv2.BORDER_REFLECT_101) for image in images])
     windows = np.lib.stride_tricks.sliding_window_view(padded, (32, 32), axis=(1, 2))  # (N, 9, 9, 3, 32, 32)
     counts = np.zeros((9, 9), int)
     for window, got in zip(windows, path(crop, images).transpose(0, 3, 1, 2)):
-        matches = np.argwhere((window == got).all(axis=(2, 3, 4)))
-        assert len(matches) == 1
-        counts[tuple(matches[0])] += 1
+        ((row, column),) = np.argwhere((window == got).all(axis=(2, 3, 4)))
+        counts[row, column] += 1
     assert stats.chisquare(counts.ravel()).pvalue > 1e-4
 
 
 def test_every_transform_of_this_project_has_a_batched_form():
-    assert all(type(t) in BATCHED for t in utils.get_train_transforms(crop_padding=4).transforms)
+    assert all(type(transform) in BATCHED for transform in WITH_CROP)
 
 
 # Pipelines of a user's own: what each does to an image is known, so batch and image must agree exactly.
 @pytest.mark.parametrize(
     "transforms",
     [
-        [A.VerticalFlip(p=1)],
         [A.Transpose(p=1), A.HorizontalFlip(p=1)],
         [A.Resize(40, 40), A.CenterCrop(32, 32)],
-        [A.ToGray(p=1)],
         [A.OneOf([A.VerticalFlip(p=1)], p=1)],
-        [A.Sequential([A.HorizontalFlip(p=1), A.VerticalFlip(p=1)], p=1)],
-        [A.Normalize(mean=0.5, std=0.25), ToTensorV2()],
         [A.Normalize(normalization="min_max"), ToTensorV2()],
-        [A.Normalize(normalization="image_per_channel"), ToTensorV2()],
         [A.ToGray(num_output_channels=1, p=1), A.Normalize(0.5, 0.25), ToTensorV2()],
-        [A.ToGray(num_output_channels=1, p=1), ToTensorV2()],
         [A.Compose([A.Normalize(), ToTensorV2()])],
         [A.Solarize(threshold_range=(0.5, 0.5), p=1), A.ToFloat(max_value=255)],
     ],
@@ -181,30 +148,32 @@ def test_every_transform_of_this_project_has_a_batched_form():
 )
 def test_pipelines_of_a_users_own(transforms):
     images = random_images(6)
-    got = augment_batch(A.Compose(transforms), images.copy(), rng())
+    got = augmented(A.Compose(transforms), images)
     want = [torch.as_tensor(A.Compose(transforms)(image=image)["image"]) for image in images]
     want = torch.stack([image if image.shape[0] in (1, 3) else image.permute(2, 0, 1) for image in want])
     want = want.float() if want.dtype == torch.float64 else want  # Albumentations' own slip; nothing trains on it
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert got.is_contiguous()  # which a view of the images relies on
 
 
 @pytest.mark.parametrize(
-    "transform, p",
+    "transform",
     [
-        (A.VerticalFlip(p=0.3), 0.3),
-        (A.OneOf([A.VerticalFlip(p=1), A.Transpose(p=1)], p=0.4), 0.4),
-        (A.CoarseDropout(num_holes_range=(2, 2), p=0.25), 0.25),
-        (A.Compose([A.VerticalFlip(p=1)], p=0.2), 0.2),
+        A.VerticalFlip(p=0.3),
+        A.OneOf([A.VerticalFlip(p=1), A.Transpose(p=1)], p=0.3),
+        A.CoarseDropout(num_holes_range=(2, 2), p=0.3),
+        A.Compose([A.VerticalFlip(p=1)], p=0.3),
     ],
-    ids=["VerticalFlip", "OneOf", "CoarseDropout-2-holes", "Compose"],
+    ids=lambda transform: type(transform).__name__,
 )
-def test_probabilities_of_a_users_own(transform, p):
-    images = random_images(2000)
-    fired = changed(images, hwc(augment_batch(transform, images.copy(), rng())))
-    assert stats.binomtest(int(fired.sum()), len(images), p).pvalue > 1e-4
+def test_probabilities_of_a_users_own(transform):
+    images = random_images(1000)
+    after = augmented(transform, images).permute(0, 2, 3, 1).numpy()
+    assert is_share(changed(images, after), 0.3)
 
 
-@pytest.mark.parametrize("transforms", [utils.get_train_transforms().transforms, [A.RandomBrightnessContrast(p=0.5)]])
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("transforms", [WITH_CROP, [A.RandomBrightnessContrast(p=0.5)]], ids=["ours", "a user's own"])
 def test_all_randomness_comes_from_the_generator(transforms):
     images = random_images(64)
     assert np.array_equal(by_batch(transforms, images, seed=3), by_batch(transforms, images, seed=3))
@@ -213,10 +182,4 @@ def test_all_randomness_comes_from_the_generator(transforms):
 
 def test_shapes_that_do_not_make_a_batch_are_refused():
     with pytest.raises(ValueError, match=r"different shapes.*A\.Resize"):
-        augment_batch(A.Compose([A.RandomScale(scale_limit=0.5, p=0.5)]), random_images(32), rng())
-
-
-def test_transforms_work_without_warnings_a_batch_at_a_time():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        augment_batch(utils.get_train_transforms(crop_padding=4), random_images(256), rng())
+        augmented(A.RandomScale(scale_limit=0.5, p=0.5), random_images(32))

@@ -32,8 +32,8 @@ def notebook(names):
     kwargs = {"batch_size": 32, "shuffle": True, "pin_memory": True}
     n.class_to_idx, n.train_loader = names.get_CIFARdataset_with_loader("train", kwargs, dataset="digits")
     _, n.test_loader = names.get_CIFARdataset_with_loader("test", kwargs | {"shuffle": False}, dataset="digits")
-    for loader, size in ((n.train_loader, 64), (n.test_loader, 64)):
-        loader.dataset.data, loader.dataset.targets = loader.dataset.data[:size], loader.dataset.targets[:size]
+    for data in (n.train_loader.dataset, n.test_loader.dataset):
+        data.data, data.targets = data.data[:64], data.targets[:64]
     torch.manual_seed(0)
     n.model, device = Model(dropout_value=0.05), torch.device("cpu")
     n.optimizer = names.get_optimizer(n.model, optname="SGD", learningrate=0.2, momentumval=0.9)
@@ -47,22 +47,11 @@ def notebook(names):
     return n
 
 
-def test_loaders_and_their_data_sets(names, notebook):
-    assert notebook.class_to_idx == {str(digit): digit for digit in range(10)}
-    images, labels = next(iter(notebook.train_loader))
-    assert (images.shape, images.dtype, labels.dtype) == ((32, 3, 32, 32), torch.float32, torch.int64)
-    data = notebook.test_loader.dataset
+def test_data_sets_and_transforms(names, notebook):
+    data, compose = notebook.test_loader.dataset, names.get_test_transforms()
     assert data.data.shape == (64, 32, 32, 3) and data.data.dtype == np.uint8 and len(data.targets) == 64
-    assert data.class_to_idx == notebook.class_to_idx and list(data.classes) == list(notebook.class_to_idx)
-    torch.testing.assert_close(data[0][0], names.get_test_transforms()(image=data.data[0])["image"])
-
-
-@pytest.mark.parametrize("name", ["get_train_transforms", "get_test_transforms"])
-def test_transforms(names, name):
-    compose = getattr(names, name)()
-    assert type(compose) is albumentations.Compose
-    image = compose(image=np.zeros((32, 32, 3), np.uint8))["image"]
-    assert image.shape == (3, 32, 32) and image.dtype == torch.float32
+    assert type(compose) is type(names.get_train_transforms()) is albumentations.Compose
+    torch.testing.assert_close(data[0][0], compose(image=data.data[0])["image"])
 
 
 def test_an_epoch_appends_a_mean_loss_and_an_accuracy_in_percent(notebook):
@@ -77,38 +66,24 @@ def test_optimizer_scheduler_and_loss(names, notebook):
     assert type(notebook.optimizer) is names.optim.SGD and notebook.optimizer.defaults["momentum"] == 0.9
     assert (notebook.scheduler.step_size, notebook.scheduler.gamma, notebook.scheduler.last_epoch) == (5, 0.75, 2)
     assert notebook.scheduler.base_lrs == [0.2]
-    by_name = names.get_scheduler(names.get_optimizer(notebook.model), stepsize=5, gamma_val=0.75)
-    assert (by_name.step_size, by_name.gamma) == (5, 0.75)
     scores, labels = torch.randn(8, 10).log_softmax(dim=1), torch.arange(8)
-    assert names.get_loss()(scores, labels) == F.nll_loss(scores, labels)
     assert names.get_loss()(scores, labels, reduction="sum") == F.nll_loss(scores, labels, reduction="sum")
-
-
-def test_correct_predictions(names):
-    scores, labels = torch.eye(4)[[0, 1, 1, 2]], torch.tensor([0, 1, 2, 2])
-    assert names.GetCorrectPredCount(scores, labels) == names.GetCorrectPredCount(scores.argmax(dim=1), labels) == 3
 
 
 def test_misclassified_samples_are_walked_through_as_tensors(notebook):
     misclassified = notebook.misclassified
     for image, true, predicted in misclassified[:10]:
         assert image.shape == (3, 32, 32) and true.ndim == predicted.ndim == 0 and true != predicted
-    trues = torch.stack([s[1] for s in misclassified])
-    assert trues.dtype == torch.int64 and trues.tolist() == [s[1].item() for s in misclassified]
-    assert all(s[1].cpu() == s.true and s[2].cpu() == s.predicted for s in misclassified)
+        assert isinstance(true.item(), int) and predicted.cpu() in range(10)
+    assert torch.stack([sample[1] for sample in misclassified]).tolist() == [sample.true for sample in misclassified]
 
 
 def test_plots(names, notebook):
-    label_map = notebook.class_to_idx
-    assert len(names.post_display(notebook.train_loader, label_map).axes) == 16
-    lists = notebook.train_losses, notebook.test_losses, notebook.train_acc, notebook.test_acc
-    figure = names.post_accuracyplots(*lists)
-    drawn = [list(axis.lines[0].get_ydata()) for axis in figure.axes]
-    assert drawn == list(lists)
-    figure = names.showmisclassifiedsamples(notebook.misclassified, label_map, "Mistakes")
-    first = notebook.misclassified[0]
+    assert len(names.post_display(notebook.train_loader, notebook.class_to_idx).axes) == 16
+    lists = [notebook.train_losses, notebook.test_losses, notebook.train_acc, notebook.test_acc]
+    assert [list(axis.lines[0].get_ydata()) for axis in names.post_accuracyplots(*lists).axes] == lists
+    figure = names.showmisclassifiedsamples(notebook.misclassified, notebook.class_to_idx, "Mistakes")
     assert len(figure.axes) == 10 and figure.get_suptitle() == "Mistakes"
-    assert figure.axes[0].get_title() == f"{first.predicted}\ntrue: {first.true}"
     plt.close("all")
 
 
@@ -127,15 +102,13 @@ def test_the_layers_are_of_torchs_own_classes(make):
 
 @pytest.mark.parametrize("while_training", [False, True])
 def test_operations_are_counted_by_exact_type(names, while_training):
-    """As thop does: multiply-adds of each layer on the way, by the table of its type; and while train runs, too."""
-    model, counted = Model(), {"operations": 0, "parameters": 0}
+    """As thop does: multiply-adds of each convolution, by hooks; and while train runs, too."""
+    model, counted = Model(), []
 
     def count(module, inputs, output):
         if type(module) is nn.Conv2d:
             side = output.shape[-1]
-            counted["operations"] += module.weight.numel() * side * side + (module.bias is not None) * output[0].numel()
-        if type(module) in (nn.Conv2d, nn.BatchNorm2d):
-            counted["parameters"] += sum(parameter.numel() for parameter in module.parameters())
+            counted.append(module.weight.numel() * side * side + (module.bias is not None) * output[0].numel())
 
     for module in model.modules():
         module.register_forward_hook(count)
@@ -143,7 +116,7 @@ def test_operations_are_counted_by_exact_type(names, while_training):
         names.train(model, "cpu", [(IMAGES, torch.tensor([1, 2]))], names.get_optimizer(model), names.get_loss())
     else:
         model.eval()(IMAGES)
-    assert counted["parameters"] == 199_810 and 31.5e6 < counted["operations"] < 32.5e6
+    assert 31.5e6 < sum(counted) < 32.5e6
 
 
 @NETWORKS
@@ -178,10 +151,8 @@ def test_train_and_test_take_what_such_tools_make(names, wrap):
     assert not network.training
 
 
-def test_another_head(names):
-    """Five classes instead of ten, in a network that was made for ten; and none, for its features."""
+def test_five_classes_in_a_network_that_was_made_for_ten(names):
     model = Model()
     model.classifier = nn.Sequential(nn.Flatten(), nn.Linear(52, 20), nn.ReLU(), nn.Linear(20, 5))
     names.train(model, "cpu", [(IMAGES, torch.tensor([1, 4]))], names.get_optimizer(model), names.get_loss())
-    model.classifier = nn.Identity()
-    assert model(IMAGES).shape == (2, 52)
+    assert model(IMAGES).shape == (2, 5)

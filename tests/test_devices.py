@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-import utils
-from models import Model, SeparableResNet
+from models import Model
 
 AVX2 = "flags : fpu sse4_2 fma avx2"
 AVX512_BF16 = f"{AVX2} avx512f avx512_bf16"
@@ -24,7 +23,6 @@ CPUS = {  # as Linux describes them: the rates of matrix products measured there
     "Intel with AVX512-BF16": (f"processor : 0\nvendor_id : GenuineIntel\n{AVX512_BF16}", torch.float32),
     "AMD with AVX512-BF16": (f"processor : 0\nvendor_id : AuthenticAMD\n{AVX512_BF16}", torch.bfloat16),
     "AMD without": (f"processor : 0\nvendor_id : AuthenticAMD\n{AVX2}", torch.float32),
-    "Arm": ("processor : 0\nFeatures : fp asimd bf16", torch.float32),
     "not Linux": ("", torch.float32),
 }
 
@@ -43,8 +41,8 @@ def test_cpuinfo_of_this_machine_or_none_elsewhere(monkeypatch):
     devices._cpuinfo.cache_clear()
 
 
-def changed(change, model=None):
-    model = model or Model()
+def changed(change):
+    model = Model()
     change(model)
     return model
 
@@ -63,22 +61,15 @@ def nothing(*_):
 
 LAYOUTS = {
     "Model": (Model(), True),
-    "SeparableResNet": (SeparableResNet(), True),
     "torch's layers": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 4)), True),
     "a class that says so": (Marked(), True),
-    "another head": (changed(lambda m: setattr(m, "classifier", nn.Sequential(nn.Flatten(), nn.Linear(52, 4)))), True),
     "a class that does not": (Derived(), False),
     "such a class inside": (nn.Sequential(nn.Conv2d(3, 4, 3), Derived()), False),
-    "unflatten": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Unflatten(1, (2, 2))), False),
     "volumes": (nn.Sequential(nn.MaxPool3d((3, 1, 1)), nn.Conv2d(1, 4, 3)), False),
-    "lazy": (nn.Sequential(nn.LazyConv2d(4, 3)), False),  # by a hook; once it is made, it is a Conv2d
     "forward hook": (changed(lambda m: m.C1[0].conv.register_forward_hook(nothing)), False),
-    "forward pre-hook": (changed(lambda m: m.C1[0].conv.register_forward_pre_hook(nothing)), False),
     "backward hook": (changed(lambda m: m.C1[0].conv.register_full_backward_hook(nothing)), False),
     "backward pre-hook": (changed(lambda m: m.C1[0].conv.register_full_backward_pre_hook(nothing)), False),
-    "hook on the whole": (changed(lambda m: m.register_forward_hook(nothing)), False),
-    "a forward replaced": (changed(lambda m: setattr(m, "forward", nothing)), False),
-    "a layer's forward replaced": (changed(lambda m: setattr(m.pool, "forward", nothing)), False),
+    "a forward replaced": (changed(lambda m: setattr(m.pool, "forward", nothing)), False),
     "parametrized": (changed(lambda m: nn.utils.parametrizations.weight_norm(m.classifier)), False),
 }
 
@@ -99,21 +90,6 @@ def test_a_hook_of_all_modules_counts_too():
         hook.remove()
 
 
-@pytest.mark.skipif(not torch.backends.mps.is_available(), reason="needs an Apple GPU")
-def test_gradients_on_an_apple_gpu_are_those_of_the_cpu():
-    images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
-    gradients = {}
-    for device in ("cpu", "mps"):
-        torch.manual_seed(0)
-        model = Model(dropout_value=0).to(device)
-        # A step of size one: what it changes is the gradient.
-        before = [parameter.detach().cpu().clone() for parameter in model.parameters()]
-        utils.train(model, device, [(images, labels)], utils.get_optimizer(model, lr=1.0, momentum=0), utils.get_loss())
-        gradients[device] = [old - new.detach().cpu() for old, new in zip(before, model.parameters())]
-    for cpu, mps in zip(*gradients.values()):
-        assert (cpu - mps).norm() < 0.05 * cpu.norm() + 1e-4
-
-
 @pytest.mark.parametrize("users, expected", [(None, "10000"), ("7", "7")])
 def test_how_long_threads_spin_is_left_to_the_user(monkeypatch, users, expected):
     monkeypatch.setenv("GOMP_SPINCOUNT", users) if users else monkeypatch.delenv("GOMP_SPINCOUNT")
@@ -122,8 +98,6 @@ def test_how_long_threads_spin_is_left_to_the_user(monkeypatch, users, expected)
 
 
 FOLDER = pathlib.Path(devices.__file__).parent
-
-
 STARTED = "utils models predict benchmarks/accuracy benchmarks/parity benchmarks/search benchmarks/speed"
 
 

@@ -10,18 +10,9 @@ import albumentations as A
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    Subset,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Subset, WeightedRandomSampler
 
 import utils
-
-ORIGINAL_KWARGS = {"batch_size": 256, "shuffle": True, "num_workers": 4, "pin_memory": True}
 
 
 def get(split="train", transforms=None, **kwargs):
@@ -43,11 +34,11 @@ def holes(p=1.0, number=1):
 def test_contract(split, size):
     class_to_idx, loader = utils.get_CIFARdataset_with_loader(split, {"batch_size": 100}, dataset="digits")
     assert class_to_idx == loader.dataset.class_to_idx == {str(digit): digit for digit in range(10)}
+    assert list(loader.dataset.classes) == list(class_to_idx)
     assert len(loader) == -(-size // 100) and len(loader.dataset) == size and loader.batch_size == 100
     images, labels = next(iter(loader))
-    assert images.shape == (100, 3, 32, 32) and images.dtype == torch.float32
+    assert images.dtype == torch.float32 and images.view(100, -1).shape == (100, 3072)
     assert labels.shape == (100,) and labels.dtype == torch.int64
-    assert images.view(100, -1).shape == (100, 3072) and loader.dataset[0][0].view(-1).shape == (3072,)
 
 
 def test_test_images_are_the_files_normalised_and_in_order(digits):
@@ -57,7 +48,7 @@ def test_test_images_are_the_files_normalised_and_in_order(digits):
     assert np.array_equal(labels, digits["test"].labels)
 
 
-@pytest.mark.parametrize("split, shuffled", [("train", {}), ("train", {"shuffle": True}), ("test", {"shuffle": True})])
+@pytest.mark.parametrize("split, shuffled", [("train", {}), ("test", {"shuffle": True})])
 def test_shuffling_keeps_each_label_with_its_image(digits, split, shuffled):
     loader = get(split, transforms=utils.get_test_transforms(), **shuffled)
     images, labels = epoch(loader)
@@ -68,10 +59,7 @@ def test_shuffling_keeps_each_label_with_its_image(digits, split, shuffled):
     assert np.array_equal(epoch(get(split, shuffle=False))[1], digits[split].labels)
 
 
-# ---- randomness ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("number", [1, 2], ids=["as a batch", "by Albumentations"])
 def test_augmentations_differ_between_epochs_batches_and_images(num_workers, number):
     """Albumentations by itself repeats what it draws at the same position of every epoch, in workers."""
@@ -114,13 +102,6 @@ def test_epochs_follow_a_generator_of_the_users_own():
     assert torch.equal(first, second) and not torch.equal(first, epoch(get(generator=generator))[0])
 
 
-# ---- what may be changed ---------------------------------------------------------------------------------------------
-
-
-def flipped(dataset):
-    dataset.transforms.transforms.append(A.VerticalFlip(p=1))
-
-
 def inverted(dataset):
     dataset.images[:] = 255 - dataset.images
     dataset.labels[:] = 9 - dataset.labels
@@ -130,23 +111,16 @@ def shortened(dataset):
     dataset.data, dataset.targets = dataset.data[:100], dataset.targets[:100].tolist()
 
 
-def doubled(dataset):
-    dataset.images, dataset.labels = (np.concatenate([values] * 2) for values in (dataset.images, dataset.labels))
-
-
 # What is done to the data set; what its images and labels then are; whether they then have holes.
 CHANGES = {
-    "transforms": (lambda d: setattr(d, "transforms", holes()), lambda x, y: (x, y), True),
-    "torchvision's name for them": (lambda d: setattr(d, "transform", holes()), lambda x, y: (x, y), True),
+    "torchvision's name for transforms": (lambda d: setattr(d, "transform", holes()), lambda x, y: (x, y), True),
     "a probability": (lambda d: setattr(d.transforms[0], "p", 1.0), lambda x, y: (x, y), True),
-    "one more transform": (flipped, lambda x, y: (x[:, ::-1], y), False),
     "arrays in place": (inverted, lambda x, y: (255 - x, 9 - y), False),
-    "images and labels": (doubled, lambda x, y: (np.concatenate([x, x]), np.concatenate([y, y])), False),
     "torchvision's names for them both": (shortened, lambda x, y: (x[:100], y[:100]), False),
 }
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_of_the_data_set_is_seen_in_the_next_epoch(digits, change, num_workers):
     loader = get("test", transforms=holes(p=0.0), num_workers=num_workers, persistent_workers=True, batch_size=90)
@@ -157,58 +131,46 @@ def test_a_change_of_the_data_set_is_seen_in_the_next_epoch(digits, change, num_
     change(data)
     images, labels = epoch(loader)
     expected_images, expected_labels = expected(digits["test"].images, digits["test"].labels)
-    assert np.array_equal(labels, expected_labels) and len(loader) == -(-len(expected_labels) // 90)
+    assert labels.dtype == torch.int64 and np.array_equal(labels, expected_labels)
+    assert len(loader) == -(-len(expected_labels) // 90)
     different = (images.permute(0, 2, 3, 1).numpy() != expected_images).any(axis=3)
     share = different.any(axis=(1, 2)).mean()  # some holes are cut where the image is as white
     assert (share > 0.95 if with_holes else share == 0) and different.sum(axis=(1, 2)).max() <= 4 * 4
 
 
-def test_labels_set_as_a_list_are_counted_in_int64():
-    loader = get("test")
-    loader.dataset.targets = [3] * 360
-    _, labels = epoch(loader)
-    assert labels.dtype == torch.int64 and set(labels.tolist()) == {3}
-
-
 @pytest.mark.parametrize("within_batches", [False, True])
 def test_a_distributed_sampler_gets_its_epoch(within_batches):
-    data = get("test").dataset
-    sampler = DistributedSampler(data, num_replicas=2, rank=1, seed=3)
+    labels = get("test").dataset.labels
+    sampler, by_hand = (DistributedSampler(labels, num_replicas=2, rank=1, seed=3) for _ in range(2))
     if within_batches:
         loader = get("test", batch_size=1, batch_sampler=BatchSampler(sampler, 32, drop_last=False))
         set_epoch = loader.batch_sampler.sampler.set_epoch
     else:
         loader = get("test", sampler=sampler)
         set_epoch = loader.sampler.set_epoch
-    orders = []
     for number in (0, 1):
         set_epoch(number)
-        by_hand = DistributedSampler(data, num_replicas=2, rank=1, seed=3)
         by_hand.set_epoch(number)
-        orders.append(list(by_hand))
-        assert epoch(loader)[1].tolist() == data.labels[orders[-1]].tolist()
-    assert orders[0] != orders[1] and len(orders[0]) == 180
+        assert epoch(loader)[1].tolist() == labels[list(by_hand)].tolist()
 
 
 def test_a_samplers_attributes_can_be_read_and_set():
     sampler = WeightedRandomSampler(torch.eye(360)[0], 40)
     loader = get("test", sampler=sampler)
-    assert loader.sampler.num_samples == 40 and loader.sampler.replacement
+    assert loader.sampler.num_samples == 40
     loader.sampler.weights = torch.eye(360)[7]
     assert set(epoch(loader)[1].tolist()) == {int(loader.dataset.labels[7])} and sampler.weights[7] == 1
     with pytest.raises(AttributeError):
         loader.sampler.set_epoch(1)
 
 
-# ---- DataLoader's arguments ------------------------------------------------------------------------------------------
-
-
 def test_kwargs_of_the_original_notebook_without_a_warning(monkeypatch):
-    kwargs = dict(ORIGINAL_KWARGS)
+    original = {"batch_size": 256, "shuffle": True, "num_workers": 4, "pin_memory": True}
+    kwargs = dict(original)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         images, labels = epoch(get(**kwargs))
-    assert len(images) == len(labels) == 1437 and kwargs == ORIGINAL_KWARGS
+    assert len(images) == len(labels) == 1437 and kwargs == original
     monkeypatch.setattr(utils.os, "sched_getaffinity", lambda _: {0}, raising=False)
     assert get(**kwargs).num_workers == 1  # no more workers than cores
 
@@ -230,14 +192,12 @@ def test_an_epoch_can_be_started_again_after_the_stop_button():
 
 def test_other_dataloader_arguments():
     assert len(get(drop_last=True)) == 22
-    assert len(epoch(get(sampler=SubsetRandomSampler(range(10))))[1]) == 10
     batches = [[3, 1, 2], [7]]
     loader = get("test", batch_size=1, batch_sampler=batches)
     assert [labels.tolist() for _, labels in loader] == [loader.dataset.labels[batch].tolist() for batch in batches]
     shapes = next(iter(get(collate_fn=lambda samples: [(tuple(image.shape), type(label)) for image, label in samples])))
     assert shapes == [((3, 32, 32), int)] * 64
-    single, _ = next(iter(get(batch_size=None)))
-    assert single.shape == (3, 32, 32)
+    assert next(iter(get(batch_size=None)))[0].shape == (3, 32, 32)
 
 
 def test_a_single_sample_and_a_subset_of_the_data_set():
@@ -245,10 +205,8 @@ def test_a_single_sample_and_a_subset_of_the_data_set():
     image, label = data[5]
     assert image.shape == (3, 32, 32) and label == data.labels[5] and isinstance(label, int)
     assert not all(torch.equal(image, data[5][0]) for _ in range(60))  # a new draw each time
-    for workers in (0, 1):  # a user's own loader, with torch's default collate_fn
-        images, labels = next(iter(DataLoader(Subset(data, [4, 2]), batch_size=2, num_workers=workers)))
-        assert images.shape == (2, 3, 32, 32) and labels.tolist() == data.labels[[4, 2]].tolist()
-        assert labels.dtype == torch.int64
+    images, labels = next(iter(DataLoader(Subset(data, [4, 2]), batch_size=2)))  # with torch's default collate_fn
+    assert images.shape == (2, 3, 32, 32) and labels.tolist() == data.labels[[4, 2]].tolist()
 
 
 @pytest.mark.parametrize(
@@ -257,11 +215,8 @@ def test_a_single_sample_and_a_subset_of_the_data_set():
         ({"datasettype": "valid"}, ValueError, "unknown split 'valid'.*'train' and 'test'"),
         ({"dataset": "mnist"}, ValueError, "unknown dataset 'mnist'.*'cifar10' and 'digits'"),
         ({"kwargs": {"batchsize": 64}}, TypeError, "batchsize"),
-        ({"kwargs": {"batch_size": 0}}, ValueError, "batch_size.*0"),
         ({"kwargs": {"sampler": [1, 2], "shuffle": True}}, ValueError, "shuffle=True beside a sampler"),
-        ({"kwargs": {"batch_sampler": [[1], [2]], "shuffle": True}}, ValueError, "shuffle=True beside a sampler"),
         ({"transforms": utils.get_train_transforms}, TypeError, "function.*Compose"),
-        ({"transforms": [A.HorizontalFlip()]}, TypeError, "list.*Compose"),
     ],
 )
 def test_refused(arguments, error, words):

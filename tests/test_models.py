@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import nn
 from torchsummary import summary
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -130,12 +130,11 @@ def test_layers_are_those_of_the_table(network):
 def test_rules_of_the_assignment(network):
     model = running(network)
     rows, modules = receptive_field(model), dict(model.named_modules())
-    convolutions = {row.name: modules[row.name] for row in rows if isinstance(modules.get(row.name), nn.Conv2d)}
-    ends = [[name for name in convolutions if name.startswith(f"C{block}.")][-1] for block in (1, 2, 3, 4)]
-    pools = [position for position, row in enumerate(rows) if row.name not in convolutions]
-    in_order = list(convolutions.values())
-    depthwise = [conv.kernel_size != (1, 1) and conv.groups == conv.in_channels > 1 for conv in in_order]
-    pointwise = [conv.kernel_size == (1, 1) and conv.groups == 1 for conv in in_order]
+    convs = {row.name: modules[row.name] for row in rows if isinstance(modules.get(row.name), nn.Conv2d)}
+    ends = [[name for name in convs if name.startswith(f"C{block}.")][-1] for block in (1, 2, 3, 4)]
+    pools = [position for position, row in enumerate(rows) if row.name not in convs]
+    depthwise = [conv.kernel_size != (1, 1) and conv.groups == conv.in_channels > 1 for conv in convs.values()]
+    pointwise = [conv.kernel_size == (1, 1) and conv.groups == 1 for conv in convs.values()]
     rules = {
         "fewer than 200,000 parameters": parameters_of(model) < 200_000,
         "C1, C2 and C3 end in a 3x3 convolution of stride 2, and no other step has a stride": (
@@ -145,9 +144,7 @@ def test_rules_of_the_assignment(network):
             len(pools) == 1 and rows[pools[0]].receptive_field is None and rows[pools[0] - 1].name == ends[3]
         ),
         "a dilated layer": any(row.dilation > 1 for row in rows),
-        "a depthwise convolution, then a 1x1 convolution": any(
-            first and second for first, second in zip(depthwise, pointwise[1:])
-        ),
+        "a depthwise convolution, then a 1x1 convolution": any(map(all, zip(depthwise, pointwise[1:]))),
         "a receptive field above 44": rows.total > 44,
     }
     if broken := [rule for rule, kept in rules.items() if not kept]:
@@ -179,38 +176,23 @@ def test_output_is_log_probabilities_of_images_of_any_size(network, size, dtype)
     torch.testing.assert_close(output.exp().sum(dim=1), torch.ones(3))
 
 
-@pytest.mark.parametrize("network, features", [("Model", 52), ("SeparableResNet", 128)])
-def test_arguments(network, features):
-    running(network)
-    model = build(network, 0.25, 3)
-    assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.25}
-    assert parameters_of(build(network)) - parameters_of(model) == 7 * (features + 1)
-    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_arguments(network):
+    model, features = running(network), build(network).classifier.weight.shape[1]
+    of_three = build(network, 0.25, 3)
+    assert {m.p for m in of_three.modules() if isinstance(m, nn.Dropout)} == {0.25}
+    assert parameters_of(model) - parameters_of(of_three) == 7 * (features + 1)
+    assert of_three(torch.randn(2, 3, 32, 32)).shape == (2, 3)
     assert Model().C1[0].dropout.p == 0.01
 
 
-def heads(model):
-    """Other classifiers that people put in place of the network's own."""
-    features = model.state_dict()["classifier.weight"].shape[1]
-    linear = isinstance(model.classifier, nn.Linear)
-    five = nn.Linear(features, 5) if linear else nn.Conv2d(features, 5, 1)
-    return [(nn.Identity(), features), (five, 5), (nn.Sequential(nn.Dropout(0.5), five), 5)]
-
-
 @pytest.mark.parametrize("network", NETWORKS)
-def test_other_heads(network):
+def test_torch_fx_and_another_head_give_the_features(network):
     model, images = running(network), torch.randn(2, 3, 32, 32)
-    for head, outputs in heads(model):
-        model.classifier = head.eval()
-        assert model(images).shape == (2, outputs)
-        assert receptive_field(model).total > 44
-
-
-@pytest.mark.parametrize("network", NETWORKS)
-def test_torch_fx_takes_the_network_apart(network):
-    model, images = running(network), torch.randn(2, 3, 32, 32)
-    output = model(images)
-    torch.testing.assert_close(fx.symbolic_trace(model)(images), output)
     parts = create_feature_extractor(model, {"C3": "features", "log_softmax": "scores"})(images)
     torch.testing.assert_close(parts["features"], model.C3(model.C2(model.C1(images))))
-    torch.testing.assert_close(parts["scores"], output)
+    torch.testing.assert_close(parts["scores"], model(images))
+    field, features = receptive_field(model).total, model.classifier.weight.shape[1]
+    for head, outputs in [(nn.Sequential(model.classifier, nn.Dropout(0.5)), 10), (nn.Identity(), features)]:
+        model.classifier = head.eval()
+        assert model(images).shape == (2, outputs) and receptive_field(model).total == field

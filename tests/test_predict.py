@@ -115,7 +115,8 @@ def test_file_pil_image_and_array_agree(suffix, tmp_path):
     Image.fromarray(RGB).save(path)
     with Image.open(path) as opened:
         pixels = np.asarray(opened)
-        forms = (path, str(path), opened, pixels, pixels / 255, np.float32(pixels) / 255, [path], pixels[None])
+        floats = pixels / 255, np.float32(pixels) / 255, (pixels - 0.4).clip(0) / 255
+        forms = (path, str(path), opened, pixels, *floats, [path], pixels[None])
         (first,), *others = (predict(MeanColour(), form, COLOURS) for form in forms)
     assert all(other == [first] for other in others)
 
@@ -147,6 +148,7 @@ FILES = {
 }
 NO_PICTURES = [  # a file in the folder or another thing, and what the error says
     *((name, f"{name} is not a picture that can be read") for name in FILES),
+    ("drawing.eps", "cannot identify image file"),
     ("absent.png", r"there is no file .*absent\.png"),
     ("", "is a folder"),
     ("https://example.org/cat.jpg", "is an address; download the picture"),
@@ -171,6 +173,13 @@ def test_what_is_no_picture_is_named(given, words, tmp_path):
 # --- Models -----------------------------------------------------------------------------------------------------------
 
 
+class OnGPUs(nn.DataParallel):
+    """As where there are GPUs, and the model is not on one."""
+
+    def forward(self, *images):
+        raise RuntimeError("module must have its parameters and buffers on device cuda:0")
+
+
 def test_in_the_type_of_the_model_and_through_wrappers():
     torch.manual_seed(0)
     model = models.Model()
@@ -181,7 +190,7 @@ def test_in_the_type_of_the_model_and_through_wrappers():
         by_hand = model(utils.get_test_transforms()(image=RGB)["image"][None])[0].exp().tolist()
     expected = dict(zip(CIFAR10_CLASSES, by_hand))
     assert max(by_hand) > 0.2
-    for form in (model, nn.DataParallel(model), torch.compile(model, backend="eager"), model.double()):
+    for form in (model, OnGPUs(model), torch.compile(model, backend="eager"), model.double()):
         [prediction] = predict(form, RGB)
         assert prediction.probabilities == pytest.approx(expected, abs=1e-4)
 

@@ -99,6 +99,15 @@ def test_accuracy_is_the_stated_one(name, network, cifar10):
     assert accuracies[0] == pytest.approx(expected, abs=three_sigma if same_images else max(3, three_sigma))
 
 
+def test_layers_of_a_network():
+    layers = nn.Conv2d(3, 4, 3, 2, 1, 3), nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 1))
+    assert layers_of(nn.Sequential(*layers)) == [
+        "0 Conv2d stride (2, 2) padding (1, 1) dilation (3, 3)",
+        "1.0 ReLU",
+        "1.1 Conv2d stride (1, 1) padding (0, 0) dilation (1, 1)",
+    ]
+
+
 CHANGES = {
     "kernel": lambda layer: setattr(layer, "conv", nn.Conv2d(3, 16, 5, bias=False)),
     "stride": lambda layer: setattr(layer.conv, "stride", (2, 2)),

@@ -60,7 +60,7 @@ def test_gradients_reach_as_far_in_each_block(network):
     ends = [[row for row in rows if row.name.startswith(block)][-1] for block in ("C1", "C2", "C3", "C4")]
     side = rows.total + 4 * ends[-1].jump
     extents = extents_of_gradients(model, [row.name for row in ends], side)
-    assert extents == [row.receptive_field for row in ends] and extents[-1] == rows.total > 44
+    assert extents == [row.receptive_field for row in ends] and extents[-1] == rows.total
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(0, 2), st.integers(1, 3)), min_size=1))
@@ -87,25 +87,14 @@ def test_gradients_reach_as_far_through_any_branches(blocks):
 
     def block(outer, inner, add):
         join = torch.add if add else lambda a, b: torch.cat([a, b], dim=1)
-        after = conv(1, 3 if add else 6)
-        return Network(
-            lambda x, a, b, c, d: d(join(b(a(x)), c(x))),
-            conv(outer),
-            conv(3, dilation=2, padding=2),
-            conv(inner),
-            after,
-        )
+        modules = conv(outer), conv(3, dilation=2, padding=2), conv(inner), conv(1, 3 if add else 6)
+        return Network(lambda x, a, b, c, d: d(join(b(a(x)), c(x))), *modules)
 
     model = nn.Sequential(*(block(*each) for each in blocks[:3]), nn.Identity())
     assert extents_of_gradients(model, [str(len(model) - 1)], side=48) == [receptive_field(model).total]
 
 
-PUBLISHED = {  # Araujo et al., Distill 2019, has VGG-16 and ResNet; the others follow from their papers' tables
-    "resnet18": 435,
-    "densenet121": 2071,
-    "mobilenet_v2": 491,
-    "vgg16": 212,
-}
+PUBLISHED = {"resnet18": 435, "densenet121": 2071, "mobilenet_v2": 491, "vgg16": 212}
 
 
 @pytest.mark.parametrize("size", [32, 224])

@@ -112,7 +112,7 @@ def test_a_recipe_is_a_copy():
 
 def test_settings_of_a_run():
     recipe = get_recipe("s9") | {"epochs": 3, "optimizer": {"name": "AdamW", "lr": 0.1, "betas": (0.9, 0.95)}}
-    _, loader = utils.get_CIFARdataset_with_loader("test", dataset="digits")
+    _, loader = utils.get_CIFARdataset_with_loader("test", {"batch_size": 100}, "digits")
     settings = run_settings(recipe, loader, seed=7)
     transforms = {f"transforms {name}": value for name, value in recipe["transforms"].items()}
     scheduler = {"scheduler name": "StepLR", "scheduler step_size": 5, "scheduler gamma": 0.75}

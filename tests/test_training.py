@@ -11,11 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 import epoch
 import utils
@@ -23,7 +19,6 @@ from models import Model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = [7, 5, 3]  # uneven batches: a mean over batches is not the mean over samples
-CPU = torch.device("cpu")
 
 
 def linear(*end):
@@ -83,24 +78,22 @@ def test_test_reports_means_per_sample_and_what_was_wrong(batches, in_float32, m
     assert np.array_equal(wrong.tested, np.bincount(labels))
 
 
-def test_train_takes_the_steps_of_plain_sgd(batches, in_float32):
+def test_train_takes_the_steps_of_a_plain_loop(batches, in_float32):
     torch.manual_seed(0)
-    model, by_hand, losses, accuracies = linear(), linear(), [], []
-    by_hand.load_state_dict(model.state_dict())
-    velocity = [torch.zeros_like(p) for p in by_hand.parameters()]
+    model, plain, losses, accuracies = linear(), linear(), [], []
+    plain.load_state_dict(model.state_dict())
+    sgd = torch.optim.SGD(plain.parameters(), lr=0.5, momentum=0.9)
     total = correct = 0
     for images, labels in batches * 2:
-        scores = by_hand(images)
+        scores = plain(images)
         loss = F.nll_loss(scores, labels)
-        gradients = torch.autograd.grad(loss, list(by_hand.parameters()))
-        with torch.no_grad():
-            for parameter, v, gradient in zip(by_hand.parameters(), velocity, gradients):
-                v.mul_(0.9).add_(gradient)
-                parameter -= 0.5 * v
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
         total, correct = total + loss.item() * len(labels), correct + int((scores.argmax(1) == labels).sum())
     optimizer = utils.get_optimizer(model, "SGD", lr=0.5, momentum=0.9)
     train(model, batches * 2, optimizer=optimizer, train_losses=losses, train_acc=accuracies)
-    torch.testing.assert_close(list(model.parameters()), list(by_hand.parameters()))
+    torch.testing.assert_close(list(model.parameters()), list(plain.parameters()))
     assert losses == [pytest.approx(total / 30, rel=1e-5)] and accuracies == [pytest.approx(100 * correct / 30)]
 
 
@@ -113,48 +106,33 @@ def test_modes_and_gradients(batches):
     assert not model.training and all(parameter.grad is None for parameter in model.parameters())
 
 
-class Named(list):
-    dataset = types.SimpleNamespace(name="a few images")
-
-
 def test_a_line_each_and_lists_that_are_never_shared(batches, capsys):
     """Lists may be left out, as the original had it; its default lists were shared by all calls."""
     model, losses, accuracies = linear(), [0.7], [60.0]
     optimizer = utils.get_optimizer(model)
     for lists in ([losses, accuracies], [], []):
-        utils.train(model, "cpu", Named(batches), optimizer, utils.get_loss(), *lists)
-    utils.test(model, "cpu", Named(batches), utils.get_loss(), losses, accuracies)
+        utils.train(model, "cpu", batches, optimizer, utils.get_loss(), *lists)
+    utils.test(model, "cpu", batches, utils.get_loss(), losses, accuracies)
     first, second, third, tested = capsys.readouterr().out.splitlines()
     assert "epoch 2  train" in first and "epoch" not in second + third + tested and "test" in tested
     for line, loss, accuracy in zip((first, tested), losses[1:], accuracies[1:], strict=True):
-        assert f"loss {loss:.4f}" in line and f"{accuracy:.2f} %" in line and "[a few images]" in line
+        assert f"loss {loss:.4f}" in line and f"{accuracy:.2f} %" in line and "[list]" in line
     evaluate(model, batches, test_losses=losses)
     assert len(losses) == 4 and len(accuracies) == 3 and capsys.readouterr().out == ""
 
 
-def mlp():
-    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 32), nn.ReLU(), nn.Linear(32, 10), nn.LogSoftmax(dim=1))
-
-
-@pytest.mark.parametrize(
-    "network, lr, epochs, shuffled, low, high",
-    [(lambda: Model(0.02), 0.1, 3, False, 75, 100), (mlp, 0.02, 6, False, 50, 100), (mlp, 0.02, 6, True, 0, 25)],
-    ids=["Model", "a small network", "shuffled labels teach nothing"],
-)
-def test_learning(network, lr, epochs, shuffled, low, high):
+def test_our_network_learns_digits():
     utils.seed_everything(0)
     kwargs = {"batch_size": 32, "sampler": torch.utils.data.SubsetRandomSampler(range(512))}
     _, train_loader = utils.get_CIFARdataset_with_loader("train", kwargs, dataset="digits")
     _, test_loader = utils.get_CIFARdataset_with_loader("test", {"batch_size": 64}, dataset="digits")
-    if shuffled:
-        np.random.default_rng(0).shuffle(train_loader.dataset.labels)
-    model, accuracies = network(), []
-    optimizer = utils.get_optimizer(model, lr=lr)
-    scheduler = utils.get_scheduler(optimizer, "OneCycleLR", epochs=epochs, steps_per_epoch=len(train_loader))
-    for _ in range(epochs):
+    model, accuracies = Model(0.02), []
+    optimizer = utils.get_optimizer(model, lr=0.1)
+    scheduler = utils.get_scheduler(optimizer, "OneCycleLR", epochs=3, steps_per_epoch=len(train_loader))
+    for _ in range(3):
         train(model, train_loader, optimizer=optimizer, scheduler=scheduler)
     evaluate(model, test_loader, test_acc=accuracies)
-    assert low < accuracies[0] < high
+    assert accuracies[0] > 75
 
 
 @BOTH
@@ -167,30 +145,22 @@ def test_what_an_epoch_counts_is_read_from_the_device_at_its_end(batches, monkey
     assert len(reads) == 1
 
 
-def test_misclassified_samples_keep_no_batch_alive(cifar_batches):
+def test_misclassified_samples_keep_no_batch_alive(in_float32):
     """One in sixteen is wrong: what is pickled must be theirs alone."""
-    images = torch.randn(256, 3, 32, 32)
-    model = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+    images = torch.randn(256, 3, 8, 8)
+    model = linear()
     labels = model(images).argmax(dim=1)
-    labels[::16] = (labels[::16] + 1) % 10
-    wrong = evaluate(model, [(images, labels)], utils.get_loss("cross_entropy"))
-    assert len(wrong) == 16 and len(pickle.dumps(wrong)) < 16 * (3 * 32 * 32 * 4 + 2000)
+    labels[::16] = (labels[::16] + 1) % 4
+    wrong = evaluate(model, [(images, labels)])
+    assert len(wrong) == 16 and len(pickle.dumps(wrong)) < 16 * (3 * 8 * 8 * 4 + 2000)
     assert pickle.loads(pickle.dumps(wrong)).tested.sum() == 256
 
 
-@given(hnp.arrays(np.int64, st.integers(1, 40), elements=st.integers(0, 9)), st.integers(0, 2**31))
-@settings(deadline=None, max_examples=30)
-def test_correct_count_is_numpys(labels, seed):
-    scores = np.random.default_rng(seed).normal(size=(len(labels), 10)).astype(np.float32)
-    expected = int((scores.argmax(axis=1) == labels).sum())
-    for predictions in (scores, scores.argmax(axis=1), scores.argmax(axis=1, keepdims=True)):
-        counted = utils.GetCorrectPredCount(torch.from_numpy(predictions), torch.from_numpy(labels))
-        assert counted == expected and isinstance(counted, int)
+def test_a_count_of_predictions_in_a_column():
+    assert utils.GetCorrectPredCount(torch.tensor([[2], [1], [0]]), torch.tensor([2, 2, 0])) == 2
 
 
-@pytest.mark.parametrize(
-    "predictions, labels", [((3,), (4,)), ((3, 10), (4,)), ((4,), (4, 10)), ((10,), ()), ((4,), (4, 1))]
-)
+@pytest.mark.parametrize("predictions, labels", [((3, 10), (4,)), ((10,), ()), ((4,), (4, 1))])
 def test_a_count_of_what_torch_would_stretch_is_refused(predictions, labels):
     with pytest.raises(ValueError) as refused:
         utils.GetCorrectPredCount(torch.zeros(predictions), torch.zeros(labels))
@@ -201,28 +171,19 @@ def test_a_count_of_what_torch_would_stretch_is_refused(predictions, labels):
 
 
 class View(nn.Module):
-    """What every second student writes."""
+    """What every second student writes: a view of images, and one of what a convolution made of them."""
 
     def __init__(self):
         super().__init__()
-        self.conv, self.classifier = nn.Conv2d(3, 4, 3), nn.Linear(4 * 6 * 6, 4)
+        self.conv, self.classifier, self.skip = nn.Conv2d(3, 4, 3), nn.Linear(4 * 6 * 6, 4), nn.Linear(3 * 8 * 8, 4)
 
     def forward(self, x):
-        return F.log_softmax(self.classifier(self.conv(x).view(x.size(0), -1)), dim=1)
-
-
-class Mlp(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.classifier = nn.Linear(3 * 8 * 8, 4)
-
-    def forward(self, images):
-        return F.log_softmax(self.classifier(images.view(len(images), -1)), dim=1)
+        scores = self.classifier(self.conv(x).view(x.size(0), -1)) + self.skip(x.view(x.size(0), -1))
+        return F.log_softmax(scores, dim=1)
 
 
 NETWORKS = {
-    "view behind a convolution": View,
-    "images.view": Mlp,
+    "views": View,
     "torch's layers": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), linear()[0], nn.Linear(144, 4), nn.LogSoftmax(dim=1)),
     "lazy layers": lambda: nn.Sequential(
         nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(4), nn.LogSoftmax(dim=1)
@@ -248,58 +209,31 @@ def test_networks_of_all_kinds_keep_the_layout_of_their_weights(batches, cifar_b
     assert all(image.is_contiguous() and image.clone().requires_grad_() is not None for image, _, _ in wrong)
 
 
-@pytest.mark.parametrize(
-    "shape, layers",
-    [((4, 20), [nn.Linear(20, 4)]), ((4, 3, 5, 8, 8), [nn.Conv3d(3, 4, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten()])],
-    ids=["vectors", "volumes"],
-)
-def test_batches_of_other_shapes(shape, layers):
-    model, batch = nn.Sequential(*layers), (torch.randn(shape), torch.arange(4))
-    train(model, [batch], F.cross_entropy)
-    evaluate(model, [batch], F.cross_entropy)
-
-
-class Convolutions(TorchFunctionMode):
-    """Records for each image that a convolution gets whether its channels are innermost in memory."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.conv2d and args[0].shape[1] > 1 and args[0].shape[2] > 1:
-            self.innermost.append(args[0].stride(1) == 1)
-        return function(*args, **(kwargs or {}))
+def test_batches_of_vectors(batches):
+    train(nn.Linear(192, 4), [(x.flatten(1), y) for x, y in batches], F.cross_entropy)
 
 
 @BOTH
-def test_our_network_computes_channels_last(cifar_batches, run):
-    """Which is faster; seen without hooks, which turn it off."""
-    with Convolutions() as seen:
-        seen.innermost = []
-        run(Model(), cifar_batches)
-    assert seen.innermost == [True] * 2 * 16  # all but the classifier
+def test_our_network_computes_in_its_fastest_way_meanwhile(cifar_batches, monkeypatch, run):
+    model, faster, innermost = Model(dropout_value=0.1), [], []
+    convolve = nn.Conv2d._conv_forward
 
+    def looking(layer, images, *arguments):
+        innermost.append(images.stride(1) == 1)
+        faster.append(sum("forward" in vars(module) for module in model.modules()))
+        return convolve(layer, images, *arguments)
 
-@BOTH
-def test_a_hook_that_keeps_an_output_keeps_it_as_it_was(cifar_batches, run):
-    model, kept, copies = Model(dropout_value=0.1), {}, {}
-    for name, module in model.named_modules():
-        module.register_forward_hook(
-            lambda module, _, out, name=name: (
-                kept.update({name: out}),
-                copies.update({name: out.detach().clone()}),
-                None,
-            )[-1]
-        )
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", looking)  # without hooks, which would turn channels_last off
     run(model, cifar_batches)
-    assert len(kept) == len(list(model.modules()))
-    assert all(torch.equal(kept[name], copies[name]) for name in kept)
-    convolutions = [name for name in kept if name.endswith("conv")]
-    assert len(convolutions) == 13 and all(kept[name].min() < 0 for name in convolutions)
+    assert all(innermost) and set(faster) == {4 + 13}  # depthwise with two outputs per channel, and dropout
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # as images have no gradient
 def test_hooks_of_every_kind_on_every_layer(cifar_batches, in_float32):
-    """With a `view` of what a convolution takes and gives, which images with innermost channels do not have."""
+    """They may view what a convolution takes and gives, as innermost channels forbid, and keep an output as it was."""
     torch.manual_seed(0)
-    model, calls, losses = Model(dropout_value=0.0), set(), []
+    model, calls, losses, outputs, copies = Model(dropout_value=0.0), set(), [], [], []
     images, labels = cifar_batches[0]
     expected = F.nll_loss(copy.deepcopy(model)(images), labels).item()
 
@@ -310,6 +244,9 @@ def test_hooks_of_every_kind_on_every_layer(cifar_batches, in_float32):
                 tensor = tensor[0] if isinstance(tensor, tuple) else tensor
                 if isinstance(module, nn.Conv2d) and tensor is not None:  # as the gradient of images is
                     tensor.view(-1)
+            if kind == "forward":
+                outputs.append(tensors[-1])
+                copies.append(tensors[-1].detach().clone())
 
         return hook
 
@@ -323,26 +260,7 @@ def test_hooks_of_every_kind_on_every_layer(cifar_batches, in_float32):
     calls.clear()
     evaluate(model, cifar_batches)
     assert calls == {(kind, name) for kind in kinds[:2] for name, _ in model.named_modules()}
-
-
-@BOTH
-def test_layers_are_faster_only_meanwhile(cifar_batches, monkeypatch, run):
-    """Also when the loader breaks down in mid-epoch."""
-    model, faster, forward = Model(dropout_value=0.1), [], Model.forward
-
-    def looking(self, x):
-        faster.append([name for name, module in model.named_modules() if "forward" in vars(module)])
-        return forward(self, x)
-
-    def loader():
-        yield from cifar_batches
-        raise OSError("the disk")
-
-    monkeypatch.setattr(Model, "forward", looking)
-    with pytest.raises(OSError, match="the disk"):
-        run(model, loader())
-    assert [len(names) for names in faster] == [4 + 13] * 2  # depthwise with two outputs per channel, and dropout
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert all(map(torch.equal, outputs, copies))
 
 
 @pytest.mark.parametrize(
@@ -357,50 +275,16 @@ def test_cudnn_searches_for_kernels_only_meanwhile(monkeypatch, before, determin
     assert cudnn.benchmark == before
 
 
-def test_weight_averaging(cifar_batches):
-    """torch.optim.swa_utils, with our batches and our train and test."""
-    model = Model()
-    averaged = torch.optim.swa_utils.AveragedModel(model)
-    weights = []
-    for _ in range(2):
-        train(model, cifar_batches)
-        averaged.update_parameters(model)
-        weights.append(model.classifier.weight.detach().clone())
-    torch.optim.swa_utils.update_bn(cifar_batches, averaged)
-    torch.testing.assert_close(averaged.module.classifier.weight.detach(), sum(weights) / 2)
-    assert len(evaluate(averaged, cifar_batches)) <= 8
-    assert (averaged.module.C1[0].norm.num_batches_tracked, model.training) == (2, True)
-
-
 # ---- what would be silently wrong ------------------------------------------------------------------------------------
 
-
-class OwnLoss(nn.Module):
-    def __init__(self, function, **options):
-        super().__init__()
-        self.loss = functools.partial(function, **options)
-
-    def forward(self, scores, labels):
-        return self.loss(scores, labels)
-
-
-NLL = {
-    "get_loss": utils.get_loss(),
-    "weighted": nn.NLLLoss(weight=torch.tensor([1.0, 2, 3, 4])),
-    "function": F.nll_loss,
-    "partial": functools.partial(F.nll_loss, weight=torch.tensor([1.0, 2, 3, 4])),
-    "lambda": lambda scores, labels: F.nll_loss(scores, labels),
-    "own": OwnLoss(F.nll_loss),
+CRITERIA = {  # known by their kind, or a lambda by its value
+    "NLL: get_loss": utils.get_loss(),
+    "NLL: partial": functools.partial(F.nll_loss, weight=torch.tensor([1.0, 2, 3, 4])),
+    "NLL: lambda": lambda scores, labels: F.nll_loss(scores, labels),
+    "cross-entropy: get_loss": utils.get_loss("cross_entropy", label_smoothing=0.1),
+    "cross-entropy: function": F.cross_entropy,
+    "cross-entropy: lambda": lambda scores, labels: F.cross_entropy(scores, labels),
 }
-CROSS_ENTROPY = {
-    "get_loss": utils.get_loss("cross_entropy", label_smoothing=0.1),
-    "function": F.cross_entropy,
-    "partial": functools.partial(F.cross_entropy, label_smoothing=0.1),
-    "lambda": lambda scores, labels: F.cross_entropy(scores, labels),
-    "own": OwnLoss(F.cross_entropy),
-}
-CRITERIA = {f"NLL: {name}": value for name, value in NLL.items()}
-CRITERIA |= {f"cross-entropy: {name}": value for name, value in CROSS_ENTROPY.items()}
 ENDS = {  # of a network, and which criteria take it
     "log-probabilities": ([nn.LogSoftmax(dim=1)], "NLL, cross-entropy"),
     "logits": ([nn.Identity()], "cross-entropy"),
@@ -435,23 +319,13 @@ def test_two_softmaxes_are_refused(cifar_batches, criterion):
     train(nn.Sequential(Model(), nn.LogSoftmax(dim=1)), cifar_batches, criterion)  # which changes nothing
 
 
-class Rounded(nn.Module):
-    """Log-probabilities as half precision leaves them."""
-
-    def __init__(self, dtype, classes, spread):
-        super().__init__()
-        self.dtype, self.spread, self.layer = dtype, spread, nn.Linear(192, classes)
-
-    def forward(self, x):
-        return F.log_softmax((self.spread * self.layer(x.flatten(1))).to(self.dtype), dim=1)
-
-
-@pytest.mark.parametrize("spread", [0, 1, 30])
-@pytest.mark.parametrize("classes", [4, 100, 1000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_is_no_disagreement(batches, dtype, classes, spread):
+@pytest.mark.parametrize("classes, spread", [(4, 1), (1000, 0), (1000, 30)])
+def test_rounding_to_half_precision_is_no_disagreement(batches, dtype, classes, spread):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, classes))
+    model.register_forward_hook(lambda _model, _images, scores: F.log_softmax((spread * scores).to(dtype), dim=1))
     for criterion in (utils.get_loss(), utils.get_loss("cross_entropy")):
-        evaluate(Rounded(dtype, classes, spread), batches, criterion)
+        evaluate(model, batches, criterion)
 
 
 def test_losses_of_another_kind_take_any_scores(batches):
@@ -467,13 +341,10 @@ def test_losses_of_another_kind_take_any_scores(batches):
 @pytest.mark.parametrize(
     "criterion",
     [
-        nn.NLLLoss(reduction="sum"),
         utils.get_loss("cross_entropy", reduction="sum"),
         functools.partial(F.nll_loss, reduction="sum"),
-        nn.NLLLoss(reduction="none"),
-        OwnLoss(F.nll_loss, reduction="sum"),
-        OwnLoss(F.cross_entropy, reduction="sum"),
-        OwnLoss(F.nll_loss, reduction="none"),
+        lambda scores, labels: F.cross_entropy(scores, labels, reduction="sum"),
+        lambda scores, labels: F.nll_loss(scores, labels, reduction="none"),
     ],
 )
 def test_a_loss_that_is_not_the_mean_is_refused(batches, run, criterion):
@@ -488,24 +359,20 @@ def spoiled(batches, change):
 
 
 def first_set_to(tensor, value):
-    tensor.view(-1)[0] = value
-    return tensor
+    return tensor.index_fill(0, torch.tensor([0]), value)
 
 
 BAD_BATCHES = {
     "no batch": (lambda b: [], ValueError, "the loader is empty"),
     "an empty batch": (lambda b: [(b[0][0][:0], b[0][1][:0])], ValueError, r"\(0, 3, 8, 8\).*N > 0"),
     "bytes": (lambda b: spoiled(b, lambda x, y: (x.byte(), y)), ValueError, "torch.uint8 images.*floating-point"),
-    "arrays": (lambda b: spoiled(b, lambda x, y: (x.numpy(), y)), TypeError, "a ndarray and a Tensor"),
     "labels in a list": (lambda b: spoiled(b, lambda x, y: (x, y.tolist())), TypeError, "a Tensor and a list"),
     "labels as floats": (lambda b: spoiled(b, lambda x, y: (x, y.float())), ValueError, "torch.float32 labels.*int64"),
-    "labels of 32 bits": (lambda b: spoiled(b, lambda x, y: (x, y.int())), ValueError, "torch.int32 labels.*int64"),
     "one-hot labels": (lambda b: spoiled(b, lambda x, y: (x, F.one_hot(y, 4))), ValueError, r"labels \(5, 4\).*\(N,\)"),
     "fewer labels": (lambda b: spoiled(b, lambda x, y: (x, y[:3])), ValueError, r"labels \(3,\)"),
     "a label too large": (lambda b: spoiled(b, lambda x, y: (x, first_set_to(y, 4))), ValueError, "to 4;.*from 0 to 3"),
     "a negative label": (lambda b: spoiled(b, lambda x, y: (x, first_set_to(y, -1))), ValueError, "from -1.*0 to 3"),
     "a NaN": (lambda b: spoiled(b, lambda x, y: (first_set_to(x, math.nan), y)), FloatingPointError, "batch 2: .*nan"),
-    "an infinity": (lambda b: spoiled(b, lambda x, y: (first_set_to(x, math.inf), y)), FloatingPointError, "batch 2"),
 }
 
 
