@@ -1,6 +1,5 @@
 """What suits a device: bfloat16, the layout of images, how threads wait."""
 
-import ast
 import os
 import pathlib
 import runpy
@@ -98,16 +97,6 @@ def test_how_long_threads_spin_is_left_to_the_user(monkeypatch, users, expected)
 
 
 FOLDER = pathlib.Path(devices.__file__).parent
-STARTED = "utils models predict benchmarks/accuracy benchmarks/parity benchmarks/search benchmarks/speed"
-
-
-@pytest.mark.parametrize("file", STARTED.split())
-def test_whatever_is_started_says_so_before_it_imports_torch(file):
-    tree = ast.parse((FOLDER / f"{file}.py").read_text())
-    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = [getattr(node, "module", None) or node.names[0].name for node in imports]
-    of_torch = {"torch", "speed", "reference", "optuna"} | {path.stem for path in FOLDER.glob("*.py")} - {"devices"}
-    assert not of_torch & set(names[: names.index("devices")])
 
 
 def test_import_asks_no_network_and_warns_of_nothing():

@@ -2,7 +2,6 @@
 
 import contextlib
 
-import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -33,17 +32,6 @@ def test_dropout_keeps_its_share_and_scales_it(p):
     torch.testing.assert_close(output[output != 0].unique(), torch.tensor([1 / (1 - p)]))
 
 
-def test_gaps_between_dropped_units_are_geometric():
-    """The very thing drawn: a wrong offset or a reused draw shows here."""
-    p = 0.1
-    torch.manual_seed(1)
-    gaps = np.diff(dropped(p, 1_000_000).nonzero().flatten().numpy())
-    edges = np.arange(1, 60)
-    observed = np.array([(gaps == k).sum() for k in edges] + [(gaps >= 60).sum()])
-    expected = len(gaps) * np.append(p * (1 - p) ** (edges - 1), (1 - p) ** 59)
-    assert stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 1e-4
-
-
 @pytest.mark.parametrize("axis", [None, 0, 1, 3], ids=["call", "sample", "channel", "pixel"])
 def test_units_are_dropped_independently(axis):
     """A unit and another one are both dropped as often as chance has it."""
@@ -56,7 +44,7 @@ def test_units_are_dropped_independently(axis):
 def test_every_unit_is_dropped_equally_often():
     """The first and the last one too."""
     torch.manual_seed(3)
-    counts = sum(dropped(0.3, 50).int() for _ in range(4000)).numpy()
+    counts = sum(dropped(0.3, 50).int() for _ in range(2000)).numpy()
     assert stats.chisquare(counts).pvalue > 1e-4
 
 
@@ -164,4 +152,3 @@ def test_a_forward_that_somebody_has_replaced_stays():
     layer.forward = len
     with faster_layers(layer, CPU):
         assert layer.forward is len
-    assert layer.forward is len

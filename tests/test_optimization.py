@@ -1,12 +1,10 @@
 """Optimizers, schedulers and losses: what their names give, and which of them `train` refuses."""
 
 import copy
-import types
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -39,47 +37,33 @@ def rates(scheduler, steps):
     return np.array(got)
 
 
-# ---- by name ---------------------------------------------------------------------------------------------------------
-
-
-def test_defaults():
+def test_optimizers_by_name():
     sgd = utils.get_optimizer(network())
     assert type(sgd) is torch.optim.SGD and (sgd.defaults["lr"], sgd.defaults["momentum"]) == (0.01, 0.9)
-    step = utils.get_scheduler(sgd)
-    assert type(step) is lr_scheduler.StepLR and (step.step_size, step.gamma) == (10, 0.1)
+    adam = utils.get_optimizer(network(), "ADAMW", weight_decay=0.1, eps=0.5)
+    assert type(adam) is torch.optim.AdamW
+    assert [adam.defaults[key] for key in ("lr", "weight_decay", "eps")] == [0.01, 0.1, 0.5]
 
 
-@pytest.mark.parametrize("name, kind", [("ADAMW", torch.optim.AdamW), ("rmsprop", torch.optim.RMSprop)])
-def test_optimizers_by_name(name, kind):
-    optimizer = utils.get_optimizer(network(), name, weight_decay=0.1, eps=0.5)
-    assert type(optimizer) is kind
-    assert [optimizer.defaults[key] for key in ("lr", "weight_decay", "eps")] == [0.01, 0.1, 0.5]
+WEIGHTED = {"weight": torch.tensor([1.0, 2, 3, 4]), "ignore_index": 1}
 
 
 @pytest.mark.parametrize(
-    "name, kind", [("nll_loss", nn.NLLLoss), ("NLL", nn.NLLLoss), ("Cross-EntropyLoss", nn.CrossEntropyLoss)]
+    "name, kind, options",
+    [("NLL", nn.NLLLoss, WEIGHTED), ("Cross-Entropy", nn.CrossEntropyLoss, WEIGHTED | {"label_smoothing": 0.2})],
 )
-def test_losses_by_name(name, kind):
-    ours, theirs = utils.get_loss(name), kind()
-    scores, labels = torch.randn(6, 10).log_softmax(dim=1), torch.arange(6)
-    assert isinstance(ours, kind) and torch.equal(ours(scores, labels), theirs(scores, labels))
+def test_losses_by_name(name, kind, options):
+    ours, scores, labels = utils.get_loss(name, **options), torch.randn(6, 4).log_softmax(dim=1), torch.arange(6) % 4
+    assert isinstance(ours, kind) and torch.equal(ours(scores, labels), kind(**options)(scores, labels))
     for reduction in ("sum", "none"):  # as the functions that the original get_loss returned
-        assert torch.equal(ours(scores, labels, reduction=reduction), kind(reduction=reduction)(scores, labels))
-    assert ours.reduction == "mean"
-
-
-def test_options_of_a_loss_stay_with_it():
-    scores, labels, weight = torch.randn(6, 4), torch.arange(6) % 4, torch.rand(4)
-    ours = utils.get_loss("cross_entropy", label_smoothing=0.2, weight=weight, ignore_index=1)
-    expected = F.cross_entropy(scores, labels, weight, label_smoothing=0.2, ignore_index=1, reduction="sum")
-    assert torch.equal(ours(scores, labels, reduction="sum"), expected)
+        expected = kind(**options, reduction=reduction)(scores, labels)
+        assert torch.equal(ours(scores, labels, reduction=reduction), expected)
 
 
 CALLS = {  # ways to ask for what lr_scheduler.StepLR(optimizer, 5, 0.75) is
     "the original's verbose": lambda o: utils.get_scheduler(o, 5, 0.75, True),
     "verbose by keyword": lambda o: utils.get_scheduler(o, 5, 0.75, verbose=False),
     "the original's keywords": lambda o: utils.get_scheduler(o, stepsize=5, gamma_val=0.75),
-    "name": lambda o: utils.get_scheduler(o, 5, 0.75, "StepLR"),
     "name first, then keywords": lambda o: utils.get_scheduler(o, "steplr", step_size=5, gamma=0.75),
 }
 
@@ -97,7 +81,6 @@ def test_ways_to_call_get_scheduler(call):
         (lambda: utils.get_scheduler(utils.get_optimizer(network()), name="Step"), "unknown scheduler 'Step'.*StepLR"),
         (lambda: utils.get_loss("mse"), "unknown loss 'mse'.*cross_entropy, nll_loss"),
         (lambda: utils.get_optimizer(network(), decay="bias"), "'bias'.*'all'.*'weights'"),
-        (lambda: utils.get_optimizer(nn.LazyConv2d(4, 3), decay="weights"), "uninitialized"),
         (
             lambda: utils.get_scheduler(utils.get_optimizer(network()), "ExponentialLR", steps_per_epoch=3),
             r"ExponentialLR has no length in epochs; make torch\.optim",
@@ -117,8 +100,6 @@ def test_a_refusal_says_what_there_is_instead(call, words):
     [
         ("StepLR", {"step_size": 2, "gamma": 0.5}, {"step_size": 6, "gamma": 0.5}),
         ("CosineAnnealingLR", {"epochs": 4}, {"T_max": 12}),
-        ("CosineAnnealingWarmRestarts", {"epochs": 4, "T_0": 2}, {"T_0": 6}),
-        ("LinearLR", {"epochs": 4}, {"total_iters": 12}),
         ("LinearLR", {}, {"total_iters": 15}),  # torch's default of 5, taken for epochs
         ("MultiStepLR", {"epochs": 4, "milestones": [1, 3]}, {"milestones": [3, 9]}),
         ("CyclicLR", {"base_lr": 0.01, "step_size_up": 2}, {"base_lr": 0.01, "max_lr": 0.2, "step_size_up": 6}),
@@ -132,26 +113,21 @@ def test_lengths_are_epochs_though_the_steps_are_batches(name, ours, in_batches)
     assert np.array_equal(rates(mine, 11), rates(torchs, 11))
 
 
-@pytest.mark.parametrize(
-    "name, options", [("OneCycleLR", {"epochs": 4}), ("CyclicLR", {"base_lr": 0.0001, "step_size_up": 1})]
-)
-def test_each_group_peaks_at_its_own_learning_rate(name, options):
+def test_each_group_peaks_at_its_own_learning_rate():
     weight, bias = network()[1].parameters()
     optimizer = torch.optim.SGD([{"params": [weight], "lr": 0.001}, {"params": [bias], "lr": 0.1}], momentum=0.9)
-    scheduler = utils.get_scheduler(optimizer, name, steps_per_epoch=10, **options)
+    scheduler = utils.get_scheduler(optimizer, "OneCycleLR", epochs=4, steps_per_epoch=10)
     assert rates(scheduler, 40).max(axis=0) == pytest.approx([0.001, 0.1])
 
 
 def test_a_scheduler_given_to_train_is_stepped_after_every_batch(batches):
-    seen = []
-    optimizer = utils.get_optimizer(model := network(), lr=0.1)
+    seen, model = [], network()
+    optimizer = utils.get_optimizer(model, lr=0.1)
     optimizer.register_step_pre_hook(lambda *_: seen.append(optimizer.param_groups[0]["lr"]))
-    options = {"pct_start": 0.25, "anneal_strategy": "linear", "cycle_momentum": False}
-    scheduler = utils.get_scheduler(optimizer, "OneCycleLR", epochs=2, steps_per_epoch=6, **options)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
     for _ in range(2):
         train(model, batches, optimizer, scheduler=scheduler)
-    expected = np.interp(range(12), [0, 2, 11], [0.1 / 25, 0.1, 0.1 / 25 / 1e4])  # up in a straight line, then down
-    np.testing.assert_allclose(seen, expected, rtol=1e-6)
+    np.testing.assert_allclose(seen, 0.1 * 0.5 ** np.arange(12))
 
 
 def sequential(optimizer, steps):
@@ -164,8 +140,6 @@ def sequential(optimizer, steps):
 COUNTS_EPOCHS = "after every batch, and this .* counts epochs"
 WRONG = {
     "StepLR": (lambda o: utils.get_scheduler(o, step_size=5, gamma=0.75), COUNTS_EPOCHS),
-    "OneCycleLR": (lambda o: utils.get_scheduler(o, "OneCycleLR", epochs=80), COUNTS_EPOCHS),
-    "a sequence": (lambda o: sequential(o, 1), COUNTS_EPOCHS),
     "torch's ReduceLROnPlateau": (lr_scheduler.ReduceLROnPlateau, COUNTS_EPOCHS),
     "torch's StepLR": (lambda o: lr_scheduler.StepLR(o, 2, 0.1), COUNTS_EPOCHS),
     "torch's ExponentialLR": (lambda o: lr_scheduler.ExponentialLR(o, 0.1), COUNTS_EPOCHS),
@@ -173,17 +147,12 @@ WRONG = {
     "torch's MultiStepLR": (lambda o: lr_scheduler.MultiStepLR(o, [2, 4]), COUNTS_EPOCHS),
     "torch's OneCycleLR": (lambda o: lr_scheduler.OneCycleLR(o, 0.1, 5), "5 steps left and the epoch takes 6"),
     "another loader's": (lambda o: utils.get_scheduler(o, steps_per_epoch=7), "7 batches per epoch.* loader has 6"),
-    "another loader's sequence": (lambda o: sequential(o, 4), "4 batches per epoch.* loader has 6"),
-    "another optimizer's": (
-        lambda o: utils.get_scheduler(utils.get_optimizer(network()), steps_per_epoch=6),
-        "of another optimizer",
-    ),
+    "another optimizer's": (lambda o: lr_scheduler.StepLR(utils.get_optimizer(network()), 6), "of another optimizer"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_train_refuses_a_scheduler_that_is_not_of_its_batches(batches, case):
-    """Before the first of them."""
     make, words = WRONG[case]
     model = network()
     before = model[1].weight.detach().clone()
@@ -197,11 +166,8 @@ RIGHT = {
     "a sequence": lambda o: sequential(o, 6),
     "OneCycleLR of total_steps": lambda o: utils.get_scheduler(o, "OneCycleLR", total_steps=24),
     "torch's StepLR": lambda o: lr_scheduler.StepLR(o, 2, 0.9),
-    "torch's ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.99),
     "torch's CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 18),
     "torch's MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 8]),
-    "torch's LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (step + 1)),
-    "torch's OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, 24),
     "torch's ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.ConstantLR(o, 0.5, 3)]),
 }
 
@@ -218,12 +184,6 @@ def test_train_refuses_a_scheduler_that_somebody_else_steps_as_well(batches, mak
     scheduler.step()
     with pytest.raises(ValueError, match=r"stepped once more since the last epoch; take scheduler\.step\(\) out"):
         train(model, batches, optimizer, scheduler=scheduler)
-
-
-def test_a_scheduler_of_ones_own_will_do(batches):
-    model, steps = network(), []
-    train(model, batches, utils.get_optimizer(model), scheduler=types.SimpleNamespace(step=lambda: steps.append(1)))
-    assert len(steps) == 6
 
 
 def test_train_asks_for_a_scheduler_that_counts_its_batches(batches):
@@ -244,7 +204,6 @@ def test_train_asks_for_a_scheduler_that_counts_its_batches(batches):
 
 CHANGES = {
     "another head": lambda model: setattr(model, "1", nn.Linear(192, 4)),
-    "a bias put in": lambda model: setattr(model[1], "bias", nn.Parameter(torch.zeros(4))),
     "parameters remade": lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
     "weight norm": lambda model: nn.utils.parametrizations.weight_norm(model[1]),
     "a layer added": lambda model: model.insert(2, nn.Linear(4, 4)),
@@ -292,9 +251,6 @@ def test_a_criterion_may_have_parameters_of_its_own(batches):
     optimizer = torch.optim.SGD([model[1].bias, criterion.scale])
     with pytest.warns(UserWarning, match=r"does not have 1\.weight, which"):
         utils.train(model, "cpu", batches, optimizer, criterion, verbose=False)
-
-
-# ---- fused optimizers ------------------------------------------------------------------------------------------------
 
 
 def test_a_fused_optimizer_survives_an_overflow_in_its_first_step(batches, monkeypatch):

@@ -282,15 +282,15 @@ def confidence(model, image, label):
     return 100 * np.exp(scores[label]) / np.exp(scores).sum()
 
 
-class OnGPUs(nn.DataParallel):
-    """As where there are GPUs, and the model is not on one."""
-
-    def forward(self, *images):
-        raise RuntimeError("module must have its parameters and buffers on device cuda:0")
+def on_gpus(model):
+    """As DataParallel is where there are GPUs: it refuses a model that is not on one."""
+    parallel = nn.DataParallel(model)
+    parallel.forward = None
+    return parallel
 
 
 @pytest.mark.parametrize(
-    "count, form", [(0, nn.Sequential), (1, OnGPUs), (15, nn.Module.double), (None, nn.Sequential)]
+    "count, form", [(0, nn.Sequential), (1, on_gpus), (15, nn.Module.double), (None, nn.Sequential)]
 )
 def test_misclassified_names_both_classes_and_the_confidence(count, form, world):
     wrong = world.wrong[:count]
