@@ -66,6 +66,8 @@ def test_optimizer_scheduler_and_loss(names, notebook):
     assert type(notebook.optimizer) is names.optim.SGD and notebook.optimizer.defaults["momentum"] == 0.9
     assert (notebook.scheduler.step_size, notebook.scheduler.gamma, notebook.scheduler.last_epoch) == (5, 0.75, 2)
     assert notebook.scheduler.base_lrs == [0.2]
+    by_keyword = names.get_scheduler(names.get_optimizer(Model()), stepsize=5, gamma_val=0.75)
+    assert (by_keyword.step_size, by_keyword.gamma) == (5, 0.75)
     scores, labels = torch.randn(8, 10).log_softmax(dim=1), torch.arange(8)
     assert names.get_loss()(scores, labels, reduction="sum") == F.nll_loss(scores, labels, reduction="sum")
 
@@ -105,6 +107,12 @@ def test_operations_are_counted_by_exact_type_while_train_runs(names):
         module.register_forward_hook(count)
     names.train(model, "cpu", [(IMAGES, torch.tensor([1, 2]))], names.get_optimizer(model), names.get_loss())
     assert 31.5e6 < sum(counted) < 32.5e6
+
+
+@pytest.mark.parametrize("make", [Model, SeparableResNet])
+def test_layers_are_of_the_very_classes_of_torch(make):
+    layers = [module for module in make().modules() if not any(True for _ in module.children())]
+    assert all(type(layer) is getattr(nn, type(layer).__name__, None) for layer in layers)
 
 
 @pytest.mark.parametrize("make", [Model, SeparableResNet])
