@@ -199,11 +199,12 @@ def main():
     for picture in arguments.pictures:
         try:
             [prediction] = predict(model, picture, classes)
-            best = sorted(prediction.probabilities.items(), key=lambda item: -item[1])[:3]
-            print(f"{picture}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in best))
         except (OSError, ValueError) as error:
             print(error, file=sys.stderr)
             failed = True
+            continue
+        best = sorted(prediction.probabilities.items(), key=lambda item: -item[1])[:3]
+        print(f"{picture}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in best))
     sys.exit(failed)
 
 

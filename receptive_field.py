@@ -86,7 +86,7 @@ def receptive_field(model, input_size=32):
     def record(module, inputs, output):
         if isinstance(output, torch.Tensor) and not any(True for _ in module.children()):
             name = names[module] or type(module).__name__
-            calls.setdefault(output.grad_fn, (name, f"{type(module).__name__}-{len(count)}", output.shape[-1]))
+            calls.setdefault(output.grad_fn, (name, f"{type(module).__name__}-{len(count)}", output.shape[-1:]))
         count.append(module)
 
     count = [None]
@@ -132,10 +132,10 @@ def receptive_field(model, input_size=32):
             )
         ceil = stride - 1 if getattr(node, "_saved_ceil_mode", False) else 0
         side = (side + 2 * padding - dilation * (kernel - 1) - 1 + ceil) // stride + 1
-        step = node.name()
-        by_size = "Mean" in step or "Adaptive" in step or ("AvgPool" in step and averages_last)
-        if kernel == side_in > side == 1 and by_size:
-            jump = field = None  # global pooling
+        kind = node.name()
+        may_be_global = "Mean" in kind or "Adaptive" in kind or ("AvgPool" in kind and averages_last)
+        if kernel == side_in > side == 1 and may_be_global:
+            jump = field = None
         if field is not None:
             field += (kernel - 1) * dilation * jump
         jump = jump and jump * stride
@@ -217,7 +217,7 @@ def _layer(node, call):
     elif "AvgPool2D" in name and "Adaptive" not in name:
         shape, kernel = node._saved_self.shape, node._saved_kernel_size
         rest = node._saved_stride or kernel, node._saved_padding, (1,), (1,)
-    elif call is not None and call[2] == 1 and ("Mean" in name or "AdaptiveMax" in name):  # how torch pools globally
+    elif call is not None and call[2] == (1,) and ("Mean" in name or "AdaptiveMax" in name):  # how torch pools globally
         shape = node._saved_self_sym_sizes if "Mean" in name else node._saved_self.shape
         kernel, rest = shape[2:], ((1,), (0,), (1,), (1,))
     elif "Adaptive" in name:

@@ -140,8 +140,9 @@ def test_rules_of_the_assignment(network):
         "C1, C2 and C3 end in a 3x3 convolution of stride 2, and no other step has a stride": (
             [(row.name, row.kernel, row.stride) for row in rows if row.stride > 1] == [(end, 3, 2) for end in ends[:3]]
         ),
-        "no pooling but one over the whole image, after C4": (
-            len(pools) == 1 and rows[pools[0]].receptive_field is None and rows[pools[0] - 1].name == ends[3]
+        "no pooling but the average over the whole image, after C4": (
+            [(rows[p - 1].name, "Avg" in rows[p].summary_row, rows[p].receptive_field) for p in pools]
+            == [(ends[3], True, None)]
         ),
         "a dilated layer": any(row.dilation > 1 for row in rows),
         "a depthwise convolution, then a 1x1 convolution": any(map(all, zip(depthwise, pointwise[1:]))),
