@@ -1,4 +1,7 @@
-"""The networks: `Model`, the S9 network of the course, and `SeparableResNet`, which goes further under the same rules.
+"""The networks: `Model`, the S9 network of the course, and `SeparableResNet`, another under the same rules.
+
+The rules: fewer than 200,000 parameters; four blocks, of which the first three end in a 3x3 convolution of stride 2;
+no pooling but the global one; a dilated and a depthwise-separable layer; a receptive field over 44.
 
 Read `__init__` of each as the table of its layers.
 """
@@ -126,8 +129,7 @@ class SeparableResNet(Pretrained):
     | C3 | residual of two separable 3x3; 3x3 of stride 2 in 4 groups | 128 | 4 | 47 |
     | C4 | residual of one separable 3x3 | 128 | 4 | 63 |
 
-    Then global average pooling, dropout and a linear classifier: 198,938 parameters. Where it came from, and what each
-    part is worth: RESULTS.md.
+    Then global average pooling, dropout and a linear classifier: 198,938 parameters. How it was found: RESULTS.md.
 
     Args:
         dropout_value: probability of zeroing a feature before the classifier, in [0, 1].
