@@ -194,6 +194,8 @@ def open_study(journal):
 def report(study):
     """The table of all trials, best first, and Optuna's plots of the history and of what mattered."""
     trials = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
+    if not trials:
+        return print(f"{len(study.trials)} trials, none of them to the end yet: most are too large, so ask for more")
     columns = list(trials[0].params)
     attributes = ["parameters", "million multiply-adds"]
     print(f"{len(study.trials)} trials, {len(trials)} of them to the end of {EPOCHS} epochs\n")
