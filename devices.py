@@ -46,13 +46,13 @@ def memory_format(model, device):
     own, and each has to be a layer of torch or of a class that says `channels_last = True`. Not on Apple's GPUs, where
     it makes the gradients of batch normalisation wrong (pytorch issue 175189).
     """
-    if device.type == "mps" or nn.modules.module._has_any_global_hook():
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    if device.type == "mps" or any(getattr(nn.modules.module, f"_global{kind}") for kind in hooks):
         return torch.contiguous_format
     for module in model.modules():
         package, _, file = type(module).__module__.rpartition(".")
         of_torch = package == "torch.nn.modules" and file in ANY_LAYOUT and "3d" not in type(module).__name__
         known = of_torch or type(module) is nn.Flatten or vars(type(module)).get("channels_last")
-        hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
         if not known or "forward" in vars(module) or any(getattr(module, kind) for kind in hooks):
             return torch.contiguous_format
     return torch.channels_last
