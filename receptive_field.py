@@ -200,7 +200,7 @@ def _over_channels(node):
     """Whether a step slices, averages ... along the channels, which are dimension 1, or -3 (without its sign)."""
     dims = getattr(node, "_saved_dim", ())
     dims = dims if isinstance(dims, tuple) else (dims,)
-    return len(dims) == 1 and dims[0] in (1, 2**64 - 3)
+    return len(dims) == 1 and dims[0] in (0, 1, 2**64 - 3)  # torch 2.6 slices the batch as well
 
 
 def _layer(node, call):
