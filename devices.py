@@ -8,8 +8,8 @@ import functools
 import os
 import pathlib
 
-# Threads that wait for each other spin, by default for so long that one other program on a core makes a step ten times
-# slower. This many turns cost nothing alone, and halve the speed beside it instead (benchmarks/speed.py).
+# Threads that wait for each other spin, by default for so long that on some machines one other program on a core makes
+# a step many times slower; benchmarks/speed.py measures it.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
