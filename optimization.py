@@ -93,9 +93,7 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
             {"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0},
         ]
     optimizer = kind(groups, lr=lr, **options)
-    optimizer.made_for = weakref.ref(
-        model
-    )  # a parameter of it that it lacks was added later, see epoch.check_optimizer
+    optimizer.made_for = weakref.ref(model)  # what it lacks of this model was added later: epoch.check_optimizer
     return optimizer
 
 

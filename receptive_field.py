@@ -1,5 +1,6 @@
 """What an output of a network sees of the image: `receptive_field` computes it, `post_receptive_field` shows it."""
 
+import math
 from dataclasses import dataclass, fields
 
 import matplotlib.pyplot as plt
@@ -185,11 +186,12 @@ def _step(node, before):
         pad = node._saved_pad if "Constant" in name else node._saved_padding
         # Autograd keeps a negative padding, which crops, as a number without sign.
         return side + sum(p - 2**64 if p >= 2**63 else p for p in pad[:2]), jump, field
-    if any(kind in name for kind in ("Mean", "Sum", "Amax", "MaxBackward", "AdaptiveMax", "Bmm")):
+    if any(kind in name for kind in ("Mean", "Sum", "Amax", "MaxBackward", "AdaptiveMax")):
         return 1, None, None  # over the whole image
-    if "AddmmBackward" in name or "MmBackward" in name:  # a linear layer
-        rows = (node._saved_mat1_sym_sizes if "Add" in name else node._saved_self_sym_sizes)[0]
-        if rows == 1:
+    if name.endswith(("mmBackward0", "MmBackward0")):  # a matrix product
+        constant = any(parent is None for parent, _ in node.next_functions)  # a linear layer, not attention
+        rows = math.prod(node._input_metadata[0].shape[:-1])
+        if rows == 1 or not constant:
             return 1, None, None  # over the whole image
         if rows != side * side:  # neither over the channels of each pixel
             raise ValueError("receptive_field cannot trace a linear layer along the rows of an image")

@@ -101,6 +101,7 @@ def test_a_refusal_says_what_there_is_instead(call, words):
         ("StepLR", {"step_size": 2, "gamma": 0.5}, {"step_size": 6, "gamma": 0.5}),
         ("CosineAnnealingLR", {"epochs": 4}, {"T_max": 12}),
         ("LinearLR", {}, {"total_iters": 15}),  # torch's default of 5, taken for epochs
+        ("PolynomialLR", {"epochs": 4, "power": 2}, {"total_iters": 12, "power": 2}),
         ("MultiStepLR", {"epochs": 4, "milestones": [1, 3]}, {"milestones": [3, 9]}),
         ("CyclicLR", {"base_lr": 0.01, "step_size_up": 2}, {"base_lr": 0.01, "max_lr": 0.2, "step_size_up": 6}),
         ("OneCycleLR", {"epochs": 4, "pct_start": 0.5}, {"max_lr": 0.2, "total_steps": 12, "pct_start": 0.5}),

@@ -271,6 +271,14 @@ def test_a_stopped_script_ends_with_one_line(tmp_path):
     assert start(tmp_path)[2][3] == [10.0]
 
 
+def test_an_error_in_a_run_is_shown_as_it_is(tmp_path, capsys):
+    arguments = start(tmp_path)
+    with pytest.raises(FloatingPointError, match="^the loss is nan$"), arguments[0]:
+        save(*arguments, 10.0)
+        raise FloatingPointError("the loss is nan")
+    assert "of 80 epochs" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("owner", "name", "value"), [(runs, "in_notebook", lambda: True), (sys, "ps1", ">>> ")])
 def test_a_stopped_session_lives_on_after_one_line(owner, name, value, tmp_path, monkeypatch):
     monkeypatch.setattr(owner, name, value, raising=False)
