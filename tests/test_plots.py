@@ -116,18 +116,12 @@ def test_both_directions_of_a_label_map_name_the_same(plot, world):
 
 @pytest.mark.parametrize(
     "label_map",
-    [
-        {name: label + 1 for name, label in LABEL_MAP.items()},
-        {2 * label: name for name, label in LABEL_MAP.items()},
-        {name: label // 2 for name, label in LABEL_MAP.items()},
-        [*NAMES[:9], "zero"],
-        NAMES[:5],
-    ],
-    ids=["from 1", "gaps", "repeated labels", "repeated names", "too few"],
+    [{name: label + 1 for name, label in LABEL_MAP.items()}, NAMES[:5]],
+    ids=["not what predict.class_names takes", "too few"],
 )
 @pytest.mark.parametrize("plot", BY_LABEL_MAP.values(), ids=BY_LABEL_MAP)
 def test_label_maps_that_do_not_name_the_classes_are_refused(plot, label_map, world):
-    with pytest.raises(ValueError, match=r"each label|name twice|labels up to"):
+    with pytest.raises(ValueError, match=r"each label|labels up to"):
         plot(world, label_map)
 
 

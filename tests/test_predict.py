@@ -22,7 +22,6 @@ COLOURS = ("red", "green", "blue")
 RNG = np.random.default_rng(0)
 GREY, ALPHA = RNG.integers(0, 256, (2, 32, 32), np.uint8)
 RGB = RNG.integers(0, 256, (32, 32, 3), np.uint8)
-INK = RNG.integers(0, 256, (32, 32, 4), np.uint8)
 
 
 class MeanColour(nn.Module):
@@ -54,24 +53,7 @@ def over_white(pixels, alpha):
     return pixels * opacity + 255 * (1 - opacity)
 
 
-def palette():
-    """Grey 0 to 15 as indices into a palette of RGB's first colours, of which number 3 is transparent."""
-    image = Image.fromarray(GREY // 16, "L")
-    image.putpalette(RGB[0, :16].tobytes())
-    image.info["transparency"] = 3
-    return image
-
-
-MODES = {  # a PIL image, and its pixels by hand
-    "1": (Image.fromarray(GREY > 99), 255 * grey(GREY > 99)),
-    "L": (Image.fromarray(GREY), grey(GREY)),
-    "LA": (Image.fromarray(np.dstack([GREY, ALPHA]), "LA"), over_white(grey(GREY), ALPHA)),
-    "P": (palette(), over_white(RGB[0, GREY // 16], 255 * (GREY // 16 != 3))),
-    "RGB": (Image.fromarray(RGB), RGB),
-    "RGBA": (Image.fromarray(np.dstack([RGB, ALPHA])), over_white(RGB, ALPHA)),
-    "CMYK": (Image.fromarray(INK, "CMYK"), (255.0 - INK[:, :, :3]) * (255.0 - INK[:, :, 3:]) / 255),
-    "I;16": (Image.fromarray(GREY.astype(np.uint16) * 256 + ALPHA), grey((GREY * 256.0 + ALPHA) / 257)),
-}
+# What to_rgb makes of each mode is tested in test_image_sets.py.
 ARRAYS = {
     "H,W": (GREY, grey(GREY)),
     "H,W,1": (GREY[:, :, None], grey(GREY)),
@@ -81,9 +63,10 @@ ARRAYS = {
 }
 FLOATS = {f"{name}, float64": (array / 255, pixels) for name, (array, pixels) in ARRAYS.items()}
 FLOATS["float32"] = (RGB / np.float32(255), RGB)
+IMAGES = {"PIL": (Image.fromarray(np.dstack([RGB, ALPHA])), over_white(RGB, ALPHA))}
 
 
-@pytest.mark.parametrize("picture, pixels", [*(given := MODES | ARRAYS | FLOATS).values()], ids=given)
+@pytest.mark.parametrize("picture, pixels", [*(given := IMAGES | ARRAYS | FLOATS).values()], ids=given)
 def test_probabilities_are_those_of_the_pixels_through_the_test_transforms(picture, pixels):
     torch.manual_seed(0)
     model = nn.Sequential(spy := MeanColour(), nn.Linear(3, 3))

@@ -273,7 +273,7 @@ def test_a_stopped_script_ends_with_one_line(tmp_path):
 
 def test_an_error_in_a_run_is_shown_as_it_is(tmp_path, capsys):
     arguments = start(tmp_path)
-    with pytest.raises(FloatingPointError, match="^the loss is nan$"), arguments[0]:
+    with pytest.raises(FloatingPointError, match=r"^the loss is nan$"), arguments[0]:
         save(*arguments, 10.0)
         raise FloatingPointError("the loss is nan")
     assert "of 80 epochs" not in capsys.readouterr().out
