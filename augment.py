@@ -19,7 +19,7 @@ from albumentations.pytorch import ToTensorV2
 from torch.utils.data import Dataset, Sampler
 
 from image_sets import CIFAR10_MEAN, CIFAR10_STD
-from parallel import rank, world_size
+from parallel import rank, share
 
 
 class ShiftScaleRotate(A.ImageOnlyTransform):
@@ -284,7 +284,8 @@ class InOrder(Sampler):
         self.data_source = data_source
 
     def _indices(self):  # of as many images as there are now
-        return range(rank(), len(self.data_source), world_size())
+        process, processes = share()
+        return range(process, len(self.data_source), processes)
 
     def __len__(self):
         return len(self._indices())

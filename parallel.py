@@ -1,5 +1,7 @@
 """A model inside its wrapper, and what the processes of a `torchrun` tell each other; alone, everything is a no-op."""
 
+import sys
+
 import torch
 from torch import distributed, nn
 
@@ -27,6 +29,15 @@ def rank():
 def world_size():
     """Number of processes."""
     return distributed.get_world_size() if _several() else 1
+
+
+def share():
+    """(number of this process, number of processes) among which the loaders share out the images.
+
+    Hugging Face's accelerate shares out whatever loader it is given, so the loader must then be of all images.
+    """
+    accelerate = sys.modules.get("accelerate.state")
+    return (0, 1) if accelerate is not None and accelerate.is_initialized() else (rank(), world_size())
 
 
 def sum_over_processes(values, device):

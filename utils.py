@@ -39,7 +39,7 @@ from image_sets import CIFAR10_MEAN, CIFAR10_STD, load_images, split_validation
 from layers import evaluation_mode, faster_layers
 from optimization import fit_fused_state, get_loss, get_optimizer, get_scheduler
 from output import in_notebook, save_figure
-from parallel import gather, rank, share_buffers, unwrap, world_size
+from parallel import gather, rank, share, share_buffers, unwrap, world_size
 from predict import class_names, predict
 from receptive_field import post_receptive_field
 from recipes import build_model, build_training, get_recipe, run_settings
@@ -134,8 +134,13 @@ def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", ro
         sampler = options.get("sampler")
         if sampler is None:
             shuffle = datasettype == "train" if shuffle is None else shuffle
-            if world_size() > 1 and shuffle:
-                sampler = DistributedSampler(data, seed=gather(torch.initial_seed())[0] % 2**32)
+            if shuffle and world_size() > 1:
+                seed = gather(torch.initial_seed())[0] % 2**32  # of one order for all processes
+                process, processes = share()
+                if processes > 1:
+                    sampler = DistributedSampler(data, processes, process, seed=seed)
+                else:
+                    sampler = RandomSampler(data, generator=torch.Generator().manual_seed(seed))
             elif shuffle:
                 sampler = RandomSampler(data, generator=generator)
             else:

@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
+import types
 import warnings
 
 import albumentations as A
@@ -13,6 +15,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Subset, WeightedRandomSampler
 
 import utils
+from augment import SeededSampler
 
 
 def get(split="train", transforms=None, **kwargs):
@@ -126,6 +129,26 @@ def test_a_distributed_sampler_gets_its_epoch():
         loader.batch_sampler.sampler.set_epoch(number)
         by_hand.set_epoch(number)
         assert epoch(loader)[1].tolist() == labels[list(by_hand)].tolist()
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_processes_share_out_the_images_unless_accelerate_does(prepared, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate.state", types.SimpleNamespace(is_initialized=lambda: prepared))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(utils, "gather", lambda value: [5, 6])
+    monkeypatch.setattr(SeededSampler, "__iter__", lambda sampler: iter(sampler._sampler))  # without the augmentations
+    for split, size in (("train", 1437), ("test", 360)):
+        shares = []
+        for rank in range(2):
+            monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+            torch.rand(rank)  # whatever else a driver may draw in one of the processes
+            shares.append(list(get(split).sampler))
+        assert {*shares[0], *shares[1]} == set(range(size))
+        if prepared:
+            assert shares[0] == shares[1] and len(shares[0]) == size
+        else:
+            assert len(shares[0]) == len(shares[1]) == -(-size // 2)
 
 
 def test_a_samplers_attributes_can_be_read_and_set():
