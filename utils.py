@@ -97,7 +97,8 @@ def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", ro
 
     Returns:
         (class_to_idx, loader): {class name: label}, and a loader of (images float32 (N, 3, 32, 32) normalised, labels
-        int64 (N,)). In each process of a `torchrun` it gives that process's share, by a `DistributedSampler`.
+        int64 (N,)). In each process of a `torchrun` it gives that process's share, by a `DistributedSampler`; where
+        accelerate runs the processes, it gives all images, for `prepare` to share out.
 
     Raises:
         ValueError, TypeError: an unknown split, data set or keyword; images that cannot be used.
