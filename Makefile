@@ -5,6 +5,7 @@ BIN := .venv/bin
 RUN_NOTEBOOK = code="$$($(BIN)/jupyter nbconvert --log-level=ERROR --to python --stdout train_S9.ipynb)" && \
 	MPLBACKEND=agg $(BIN)/python -u -c "$$code"
 
+.DEFAULT_GOAL := demo
 .PHONY: train demo test
 
 train: .venv/installed  ## the notebook in the terminal: 80 epochs on CIFAR-10, results in runs/s9-cifar10

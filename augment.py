@@ -25,7 +25,7 @@ from parallel import rank, share
 class ShiftScaleRotate(A.ImageOnlyTransform):
     """Shift, scale and rotate about the centre, as `ShiftScaleRotate` of Albumentations 1.3.1 did it.
 
-    `A.Affine`, which took its place, shifts by whole pixels only, and fills the border with black unless told to.
+    `A.Affine`, which took its place, shifts by whole pixels only, and its border is black unless told otherwise.
 
     Args:
         shift_limit: largest shift as a fraction of the side, drawn for each axis from (-shift_limit, shift_limit).
@@ -71,7 +71,7 @@ def get_train_transforms(flip=0.1, shift_scale_rotate=0.1, cutout=0.3, crop_padd
         shift_scale_rotate: probability of a shift by up to 10 %, a scale of 0.8 to 1.2 and a rotation by up to 15
             degrees, with reflected border.
         cutout: probability of one 16x16 hole in the mean colour (DeVries & Taylor, arXiv 1708.04552).
-        crop_padding: pixels of reflected border of which a random 32x32 crop is cut; 0 for no crop.
+        crop_padding: pixels of reflected border; a random crop of 32x32 is cut from the image with it; 0 for no crop.
 
     Returns:
         `albumentations.Compose` from uint8 (32, 32, 3), or any (H, W, 3) without a crop, to float32 (3, H, W).
@@ -228,7 +228,7 @@ def _as_array(image):
 class ImageBatches(Dataset):
     """Images and labels that a `DataLoader` reads a batch at a time, augmented as a batch.
 
-    `dataset[i]` is one (image float32 (3, 32, 32), label) pair. What is set on it holds from the next epoch on.
+    `dataset[i]` is one (image float32 (3, 32, 32), label) pair. Attributes that are set take effect in the next epoch.
 
     Args:
         image_set: an `image_sets.ImageSet`, whose attributes this has too.
@@ -265,7 +265,7 @@ class ImageBatches(Dataset):
 
 
 class Batch(Sequence):
-    """What the samples of a batch are, (image, label) each, to any `collate_fn`; `as_batch` takes the whole."""
+    """A batch that any `collate_fn` can read as a list of (image, label) samples; `as_batch` takes it whole."""
 
     def __init__(self, images, labels):
         self.images, self.labels = images, labels

@@ -1,4 +1,4 @@
-"""What each device computes best in, how its threads wait, and what a CPU needs to be left alone by its allocator.
+"""What each device computes best in, how its threads wait, and how to make glibc keep freed memory.
 
 Import it before torch, whose OpenMP library reads how to wait only once.
 """
@@ -22,7 +22,7 @@ def best_device():
 
 
 def autocast_dtype(device):
-    """The type to compute in: bfloat16 where the device multiplies it sooner, float16 on older GPUs, else float32.
+    """The type to compute in: bfloat16 where it is faster, float16 on older NVIDIA GPUs, else float32.
 
     Args:
         device: a `torch.device`, or its name.
@@ -69,7 +69,7 @@ def _cpuinfo():
 
 @functools.cache
 def _faster_in_bfloat16(cpuinfo):
-    """Whether the first CPU of /proc/cpuinfo multiplies bfloat16 sooner than float32.
+    """Whether the first CPU of /proc/cpuinfo multiplies bfloat16 faster than float32.
 
     AMX does, and so does AVX512-BF16 on AMD. On Intel, AVX512-BF16 alone, as in virtual machines that hide AMX, has
     half the rate of float32.

@@ -150,7 +150,7 @@ def check_optimizer(model, optimizer, criterion):
 
 
 def steps_taken(scheduler):
-    """How often a scheduler was stepped; None of one that does not count."""
+    """How many times a scheduler was stepped; None of one that does not count."""
     parts = getattr(scheduler, "_schedulers", [])  # a ChainedScheduler leaves counting to them
     return getattr(scheduler, "last_epoch", getattr(parts[0], "last_epoch", None) if parts else None)
 

@@ -26,10 +26,10 @@ def evaluation_mode(model):
 
 @contextlib.contextmanager
 def faster_layers(model, device):
-    """While it lasts, two kinds of layers take another way to the same result on a CPU.
+    """While it lasts, two kinds of layers take a faster way on a CPU.
 
-    Depthwise convolutions with several outputs per channel run as plain ones, and dropout draws the positions of the
-    dropped units, so it drops others than torch would with the same seed.
+    Depthwise convolutions with several outputs per channel run as ones with a single output. Dropout draws the
+    positions of the dropped units, so it drops others than torch would with the same seed.
     """
     changed = []
     # torch.compile makes kernels of its own, whether it has wrapped the model or compiled it in place.

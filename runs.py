@@ -98,7 +98,7 @@ class Stopped(KeyboardInterrupt):
 class Run:
     """The directory `<root>/<name>/` of one training run, held by one process at a time.
 
-    As a context manager it says in one line where the run is, when it ends or is interrupted.
+    As a context manager it prints, when the run ends or is interrupted, one line that says how far it is.
 
     Args:
         name: name of the run, and of its directory.

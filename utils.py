@@ -97,8 +97,8 @@ def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", ro
 
     Returns:
         (class_to_idx, loader): {class name: label}, and a loader of (images float32 (N, 3, 32, 32) normalised, labels
-        int64 (N,)). In each process of a `torchrun` it gives that process's share, by a `DistributedSampler`; where
-        accelerate runs the processes, it gives all images, for `prepare` to share out.
+        int64 (N,)). In each process of a `torchrun` it gives that process's share, shuffled by a `DistributedSampler`;
+        where accelerate runs the processes, it gives all images, for `prepare` to share out.
 
     Raises:
         ValueError, TypeError: an unknown split, data set or keyword; images that cannot be used.
@@ -228,7 +228,7 @@ def train(
         device: where the model is, a `torch.device` or its name.
         train_loader: gives (images float32 (N, channels, H, W), labels int64 (N,)).
         criterion: (scores float32 (N, classes), labels) -> the batch's mean loss.
-        scheduler: stepped after every batch, see `get_scheduler`; one that counts epochs, the caller steps.
+        scheduler: stepped after every batch, see `get_scheduler`. Do not give one that counts epochs; step it yourself.
         verbose: whether to print a line at the end.
 
     Raises:

@@ -1,12 +1,12 @@
 """How accurate: the recipes trained without a notebook at several seeds, and the tables and plot of RESULTS.md.
 
-    python benchmarks/accuracy.py                                           # all recipes, of their length, three seeds
+    python benchmarks/accuracy.py                                           # all recipes, three seeds each
     python benchmarks/accuracy.py --recipes short --epochs 12               # on a schedule of 12 epochs
     python benchmarks/accuracy.py --recipes s9 tuned --ship-weights         # and renew weights/ from the first seed
-    python benchmarks/accuracy.py --seeds                                   # only the tables of the runs that there are
+    python benchmarks/accuracy.py --seeds                                   # only the tables of the runs so far
 
 A run that has a JSON in benchmarks/results/accuracy is not repeated; one that was interrupted goes on after its last
-epoch, from runs/accuracy. A figure is that of the last epoch, not of the best. How they were chosen: search.py.
+epoch, from runs/accuracy. A figure is that of the last epoch, not of the best. How the recipes were chosen: RESULTS.md.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python benchmarks/parity.py --recipe short --seeds 1 2 3
 
 Each run leaves one JSON in benchmarks/results/parity, and a run whose file is there is not repeated, so an interrupted
-study goes on. The table printed at the end is that of RESULTS.md.
+study goes on. It ends with a table of both.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """Which network and which recipe are best under the rules? A search on validation images, by Optuna.
 
     python benchmarks/search.py --trials 20     # go on with the study, for twenty more trials
-    python benchmarks/search.py                 # the table and the plots that RESULTS.md shows
+    python benchmarks/search.py                 # the table and the plots of the trials so far
     python benchmarks/search.py --ablation      # the recipe without one of its ingredients at a time, at two seeds
 
-Of the 50,000 training images 5,000, 500 of every class, always the same, are for validation; the other 45,000 are
+5,000 of the 50,000 training images, 500 of each class and always the same, are for validation; the other 45,000 are
 trained on. No test image is ever looked at. The study is one journal file, benchmarks/results/search.journal: it goes
 on after an interruption, and processes that share the file share the study, on other machines through a shared folder
 as well: `--journal /shared/search.journal`. Hyperband ends trials early that are behind others of the same length.
@@ -42,7 +42,7 @@ MOST_MULTIPLY_ADDS = 40e6  # per image; S9 takes 32 million, in layers that a CP
 
 
 class Candidate(nn.Module):
-    """A network within the rules, of the layers of `models.SeparableResNet`, from the settings of a trial."""
+    """A network of the layers of `models.SeparableResNet`, from the settings of a trial; C4 may be empty."""
 
     channels_last = True
 

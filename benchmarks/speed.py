@@ -1,11 +1,11 @@
 """How fast: the plain loop, this project, and the limit, side by side in one run.
 
-    python benchmarks/speed.py                      # the images of CIFAR10_ROOT; all of it on a CPU in about 5 minutes
+    python benchmarks/speed.py                      # 12,000 images of CIFAR10_ROOT
     python benchmarks/speed.py --train-images 50000 --test-images 10000 --repeats 3     # whole epochs, for a GPU
 
 The variants take turns, each in a process of its own, so that a noisy machine disturbs them alike, and the median
 counts. Prints the table of RESULTS.md and writes benchmarks/results/speed-<processor>-<type computed in>.json. Needs
-Linux, which says how much memory a process has had at most; loader workers are processes of their own.
+Linux, for the peak memory of a process; that of loader workers is not counted.
 """
 
 import argparse
@@ -268,7 +268,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train-images", type=int, default=10_000)
     parser.add_argument("--test-images", type=int, default=2_000)
-    parser.add_argument("--repeats", type=int, default=5, help="0 only prints the results that there are")
+    parser.add_argument("--repeats", type=int, default=5, help="0: only print the results so far")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # in a child: which measurement, which variant
     arguments = parser.parse_args()
     if not arguments.repeats:
@@ -342,7 +342,7 @@ def print_table():
         "computes in": lambda r: r["type"].removeprefix("torch."),
         "torch": lambda r: r["torch"],
         "images": lambda r: r["data"],
-        "data path, images/s and core": compared("data_path_images_per_second_and_core"),
+        "data path, images/s per core": compared("data_path_images_per_second_and_core"),
         "training step on ready tensors, images/s": compared("step_images_per_second"),
         "the same beside a busy core, images/s": compared("step_beside_a_busy_core_images_per_second"),
         "epoch with testing, images/s": compared("epoch_seconds", epoch_rate),
