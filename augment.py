@@ -186,10 +186,6 @@ def _normalize(transform, images, rng):
     return rows.sub_(mean).mul_(denominator).numpy().reshape(images.shape)
 
 
-def _to_tensor(transform, images, rng):
-    return images  # augment_batch makes the tensor, of the whole batch
-
-
 BATCHED = {
     A.HorizontalFlip: _horizontal_flip,
     ShiftScaleRotate: _shift_scale_rotate,
@@ -197,7 +193,7 @@ BATCHED = {
     A.Pad: _pad,
     A.RandomCrop: _random_crop,
     A.Normalize: _normalize,
-    ToTensorV2: _to_tensor,
+    ToTensorV2: lambda transform, images, rng: images,  # augment_batch makes the tensor, of the whole batch
 }
 
 
@@ -322,7 +318,7 @@ class SeededSampler(Sampler):
     def __iter__(self):
         seed = int(torch.empty((), dtype=torch.int64).random_(generator=self._generator))
         for position, item in enumerate(self._sampler):
-            seeds = (seed, position, rank()) if rank() else (seed, position)
+            seeds = seed, position, rank()
             if isinstance(item, (list, tuple)):  # a batch sampler
                 yield [(int(index), seeds) for index in item]
             else:

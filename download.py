@@ -67,10 +67,9 @@ def download_archive(root, sources=None):
             return archive
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root):
-            wrong = _mismatch(archive)  # again: another process may have finished it meanwhile
-            if wrong and archive.exists():
-                _set_aside(archive, wrong)
-            if wrong:
+            if wrong := _mismatch(archive):  # again: another process may have finished it meanwhile
+                if archive.exists():
+                    _set_aside(archive, wrong)
                 _download(archive, list(dict.fromkeys(SOURCES if sources is None else sources)))
     return archive
 
@@ -225,11 +224,8 @@ def _mismatch(path):
     size = path.stat().st_size
     if size != ARCHIVE_SIZE:
         return f"it has {size:,} bytes instead of {ARCHIVE_SIZE:,}"
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    found = digest.hexdigest()
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     return "" if found == ARCHIVE_SHA256 else f"its SHA-256 is {found} instead of {ARCHIVE_SHA256}"
 
 

@@ -96,9 +96,8 @@ class MisclassifiedSamples(list):
 def batch_bar(loader, description):
     """A bar of the batches of a loader."""
     # It gets the length and not the loader, of which older versions of tqdm start a second epoch.
-    options = {"disable": True} if rank() else {}
     total = operator.length_hint(loader) or None
-    return progress_bar(total=total, desc=description, unit="batch", leave=False, **options)
+    return progress_bar(hidden=rank() > 0, total=total, desc=description, unit="batch", leave=False)
 
 
 def report(what, split, loss, accuracy, seconds, loader):
@@ -113,7 +112,7 @@ def report(what, split, loss, accuracy, seconds, loader):
 
 
 def check_lists(losses, accuracies):
-    """Lists of losses and of accuracies in % that were given in each other's place, as their last values betray."""
+    """Losses and accuracies in % are not in each other's lists, as far as the last values tell."""
     if any(values is other for values in losses for other in accuracies):
         raise ValueError("losses and accuracies are one list; make two, as `losses = accuracies = []` does not")
     if any(values and values[-1] > 10 for values in losses) and any(values and values[-1] < 5 for values in accuracies):
@@ -135,10 +134,10 @@ def check_optimizer(model, optimizer, criterion):
     """The optimizer trains this model as it is now, and not layers that it once had."""
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     missing = {name: p for name, p in model.named_parameters() if p.requires_grad and p not in held}
-    criterions = set(criterion.parameters()) if isinstance(criterion, nn.Module) else set()
-    foreign = held - set(model.parameters()) - criterions
     if not missing:
         return
+    criterions = set(criterion.parameters()) if isinstance(criterion, nn.Module) else set()
+    foreign = held - set(model.parameters()) - criterions
     names = ", ".join(list(missing)[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
     made_for = getattr(optimizer, "made_for", lambda: None)()
     if foreign or (made_for is not None and unwrap(made_for) is unwrap(model)):
@@ -151,8 +150,9 @@ def check_optimizer(model, optimizer, criterion):
 
 def steps_taken(scheduler):
     """How many times a scheduler was stepped; None of one that does not count."""
-    parts = getattr(scheduler, "_schedulers", [])  # a ChainedScheduler leaves counting to them
-    return getattr(scheduler, "last_epoch", getattr(parts[0], "last_epoch", None) if parts else None)
+    if isinstance(scheduler, optim.lr_scheduler.ChainedScheduler):  # which leaves counting to its parts
+        scheduler = scheduler._schedulers[0]
+    return getattr(scheduler, "last_epoch", None)
 
 
 def _counts_epochs(scheduler, batches):
@@ -182,13 +182,13 @@ def check_scheduler(scheduler, optimizer, loader):
     if getattr(scheduler, "optimizer", optimizer).param_groups is not optimizer.param_groups:
         raise ValueError("the scheduler is of another optimizer, whose learning rate it would set; make it again")
     parts = [scheduler, *getattr(scheduler, "_schedulers", [])]  # of a SequentialLR, say
-    made_for = {part.steps_per_epoch for part in parts if hasattr(part, "steps_per_epoch")}
     if any(_counts_epochs(part, batches) for part in parts):
         raise ValueError(
             f"train steps its scheduler after every batch, and this {type(scheduler).__name__} counts epochs. Call "
             "train without it and step it after each epoch, or make it with "
             "get_scheduler(..., steps_per_epoch=len(train_loader))"
         )
+    made_for = {part.steps_per_epoch for part in parts if hasattr(part, "steps_per_epoch")}
     if batches and made_for - {batches}:
         raise ValueError(
             f"the scheduler was made for {max(made_for)} batches per epoch and the loader has {batches}; make it with "
@@ -209,7 +209,7 @@ def check_scheduler(scheduler, optimizer, loader):
 
 
 def checked_batch(batch):
-    """(images, labels), once they are tensors that a network takes; torch says it less clearly, or on a GPU not."""
+    """(images, labels), if a network can take them; torch's own errors are less clear, on a GPU some are missing."""
     images, labels = batch
     if not (isinstance(images, torch.Tensor) and isinstance(labels, torch.Tensor)):
         raise TypeError(
@@ -226,7 +226,7 @@ def checked_batch(batch):
 
 
 def check_labels(labels, scores):
-    """There are scores of classes, and a class for each label; a GPU only says that an assertion failed."""
+    """The scores are (N, classes), with a class for each label; a GPU would only say that an assertion failed."""
     if getattr(scores, "ndim", 0) != 2:
         found = f"{tuple(scores.shape)}" if hasattr(scores, "shape") else f"a {type(scores).__name__}"
         raise ValueError(f"the model returned {found}; it must return scores (N, classes)")
@@ -238,27 +238,23 @@ def check_labels(labels, scores):
         )
 
 
-def check_loss(loss):
-    """The criterion gave one number."""
+def check_scores(scores, labels, criterion, loss):
+    """The loss is one number, and the scores are what the criterion takes: else it still falls and means nothing.
+
+    A criterion is known by its kind, or by the value of its loss.
+    """
     if loss.ndim:
         raise ValueError(
             f"the criterion gave a loss of shape {tuple(loss.shape)}; it must be one number, the batch's mean"
         )
-
-
-def check_scores(scores, labels, criterion, loss):
-    """The scores are what the criterion takes: with another kind, a loss still falls and means nothing.
-
-    A criterion is known by its kind, or by the value of its loss.
-    """
     called = criterion.func if isinstance(criterion, functools.partial) else criterion
     twice = _softmax_under_log_softmax(scores.grad_fn)
-    scores, loss, n = scores.detach(), loss.item(), len(labels)
+    scores, loss = scores.detach(), loss.item()
     known = []
     for function, kind in ((F.nll_loss, nn.NLLLoss), (F.cross_entropy, nn.CrossEntropyLoss)):
         mean = function(scores, labels).item()
         known.append(called is function or isinstance(called, kind) or math.isclose(loss, mean, rel_tol=1e-4))
-        if not any(known) and n > 1 and math.isclose(loss, n * mean, rel_tol=1e-4):
+        if not any(known) and math.isclose(loss, len(labels) * mean, rel_tol=1e-4):
             raise ValueError("the criterion gave the sum over the batch; it must be the mean")
     takes_logs, takes_scores = known
     if not (takes_logs or takes_scores):
@@ -279,10 +275,8 @@ def check_scores(scores, labels, criterion, loss):
 
 
 def _softmax_under_log_softmax(node):
-    """Whether the graph ends in a softmax under nothing but the log_softmax of it, or a change of shape or type."""
-    while node is not None and (name := node.name()) != "SoftmaxBackward0":
-        steps = "LogSoftmax", "ToCopy", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Clone"
-        if not name.startswith(steps):
-            return False
+    """Whether the scores are a softmax, or the log_softmax of one, behind steps that only change shape or type."""
+    passed = "LogSoftmax", "ToCopy", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Clone"
+    while node is not None and node.name().startswith(passed):
         node = node.next_functions[0][0]
-    return node is not None
+    return node is not None and node.name() == "SoftmaxBackward0"

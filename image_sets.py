@@ -243,7 +243,7 @@ def _decode(folder, files):
             with Image.open(folder / file, formats=FORMATS) as image:
                 converted += image.mode != "RGB"
                 resized += image.size != (IMAGE_SIZE, IMAGE_SIZE)
-                images[i] = to_rgb(image, IMAGE_SIZE)
+                images[i] = to_rgb(image)
         except Exception as error:  # a damaged file can make Pillow raise nearly anything
             reason = reason or f"{type(error).__name__}: {error}"
             bad.append(file)
@@ -365,11 +365,9 @@ def _load_digits(split):
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    everything = np.arange(len(digits.target))
-    both = train_test_split(everything, test_size=360, stratify=digits.target, random_state=0)
-    indices = both[SPLITS.index(split)]
-    greys = (digits.images[indices] * (255 / 16)).round().astype(np.uint8)  # sklearn's values are 0 to 16
+    parts = train_test_split(digits.images, digits.target, test_size=360, stratify=digits.target, random_state=0)
+    greys, labels = parts[SPLITS.index(split) :: 2]
+    greys = (greys * (255 / 16)).round().astype(np.uint8)  # sklearn's values are 0 to 16
     images = np.stack([to_rgb(Image.fromarray(grey)) for grey in greys])
-    labels = digits.target[indices].astype(np.int64)
-    classes = tuple(str(name) for name in digits.target_names)
-    return ImageSet(images, labels, classes, "digits (offline sample)", "sklearn.datasets.load_digits")
+    classes = tuple(map(str, digits.target_names))
+    return ImageSet(images, labels.astype(np.int64), classes, "digits (offline sample)", "sklearn.datasets.load_digits")

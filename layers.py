@@ -41,7 +41,7 @@ def faster_layers(model, device):
                 forward = _depthwise if module.padding_mode == "zeros" else None
             elif type(module) is nn.Dropout and 0 < module.p < 0.99 and not module.inplace:
                 forward = _dropout  # nearer to 1, the table of quantiles is too coarse for the last survivors
-            if forward and "forward" not in vars(module):  # which some library may have replaced
+            if forward and "forward" not in vars(module):  # unless some library has replaced it
                 module.forward = functools.partial(forward, module)
                 changed.append(module)
     try:

@@ -11,7 +11,7 @@ from torch import nn, optim
 
 
 def _named(name, what, choices):
-    """choices[name], by its letters without regard to case and to a last "loss", or an error that lists them."""
+    """choices[name], whatever name's case, punctuation and final "loss", or an error that lists them."""
 
     def plain(name):
         return "".join(filter(str.isalnum, str(name).lower())).removesuffix("loss")
@@ -154,19 +154,16 @@ def get_scheduler(optimizer, step_size=10, gamma=0.1, name="StepLR", epochs=None
         )
     given = {"step_size": step_size, "gamma": gamma, "epochs": epochs, "steps_per_epoch": steps_per_epoch}
     given["max_lr"] = [group["lr"] for group in optimizer.param_groups]
-    given["T_max"] = given["total_iters"] = epochs
-    if not epochs and isinstance(defaults.get("total_iters"), int):
-        given["total_iters"] = defaults["total_iters"]
+    given["T_max"], given["total_iters"] = epochs, epochs or defaults.get("total_iters")
     given = {key: value for key, value in given.items() if key in defaults and value is not None} | options
     for key in IN_EPOCHS & given.keys():
         if given[key] is not None:
             given[key] = (np.array(given[key]) * steps_per_epoch).tolist()
-    if kind is optim.lr_scheduler.OneCycleLR and epochs:
-        if epochs * steps_per_epoch * given.get("pct_start", 0.3) <= 1:
-            raise ValueError(
-                f"{epochs} epochs of {steps_per_epoch} batches are too few for OneCycleLR to rise and fall; train "
-                "longer, or with a smaller batch size"
-            )
+    if kind is optim.lr_scheduler.OneCycleLR and epochs and epochs * steps_per_epoch * given.get("pct_start", 0.3) <= 1:
+        raise ValueError(
+            f"{epochs} epochs of {steps_per_epoch} batches are too few for OneCycleLR to rise and fall; train longer, "
+            "or with a smaller batch size"
+        )
     scheduler = kind(optimizer, **given)
     if "total_steps" not in options:
         scheduler.steps_per_epoch = steps_per_epoch  # `train` refuses the wrong pairing, see epoch.check_scheduler

@@ -54,11 +54,10 @@ def save_figure(figure, path=None):
     return figure
 
 
-def progress_bar(iterable=None, **options):
-    """tqdm's bar in a notebook or a terminal; none in a log file, or where its own switch TQDM_DISABLE is set."""
-    if os.environ.get("TQDM_DISABLE"):
-        options["disable"] = True
-    return tqdm(iterable, **{"disable": None} | options)  # None leaves it to whether there is a terminal
+def progress_bar(iterable=None, hidden=False, **options):
+    """tqdm's bar in a notebook or a terminal; none in a log file, if hidden, or where its own TQDM_DISABLE is set."""
+    hidden = hidden or bool(os.environ.get("TQDM_DISABLE"))
+    return tqdm(iterable, disable=hidden or None, **options)  # None leaves it to whether there is a terminal
 
 
 def in_notebook():

@@ -1,4 +1,4 @@
-"""A model inside its wrapper, and what the processes of a `torchrun` tell each other; alone, everything is a no-op."""
+"""A model inside its wrapper, and what the processes of a `torchrun` tell each other."""
 
 import sys
 
@@ -61,6 +61,5 @@ def gather(value):
 
 def share_buffers(model):
     """Give all processes the running statistics of the first, whose weights are kept."""
-    if world_size() > 1:
-        for buffer in model.buffers():
-            distributed.broadcast(buffer, 0)
+    for buffer in model.buffers():
+        distributed.broadcast(buffer, 0)

@@ -24,7 +24,6 @@ from parallel import unwrap
 from runs import load_weights
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # not all of Pillow's: some of its readers start other programs
-PICTURE = "file name, a PIL image or a NumPy array"
 
 
 class Prediction(NamedTuple):
@@ -115,7 +114,7 @@ def _as_rgb(image, name):
     if isinstance(image, Image.Image):
         return to_rgb(image)
     if not isinstance(image, (str, os.PathLike)):
-        raise TypeError(f"{name} is a {type(image).__name__}; a picture is a {PICTURE}")
+        raise TypeError(f"{name} is a {type(image).__name__}; a picture is a file name, a PIL image or a NumPy array")
     if "://" in str(image):
         raise ValueError(f"{image} is an address; download the picture and give the name of the file")
     if os.path.isdir(image):
@@ -179,16 +178,15 @@ def load_network(weights):
 
 
 def main():
-    from pretrained import WEIGHTS, most_accurate
+    from pretrained import most_accurate, shipped
 
-    shipped = ", ".join(sorted(path.stem for path in WEIGHTS.glob("*.pt")))
     parser = argparse.ArgumentParser(
         description=f"Classify pictures. The weights that ship know {', '.join(CIFAR10_CLASSES)}."
     )
     parser.add_argument("pictures", nargs="+", metavar="picture", help="an image file of any size")
+    names = ", ".join(shipped()) or "none is here"
     parser.add_argument(
-        "--weights",
-        help=f"{shipped or 'none is here'} (default: the most accurate), or runs/<name>/last.pt of a run of your own",
+        "--weights", help=f"{names} (default: the most accurate), or runs/<name>/last.pt of a run of your own"
     )
     arguments = parser.parse_args()
     try:

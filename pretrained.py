@@ -10,15 +10,19 @@ from runs import load_weights
 WEIGHTS = pathlib.Path(__file__).parent / "weights"
 
 
+def shipped():
+    """The names of the weights that ship, a list."""
+    return sorted(path.stem for path in WEIGHTS.glob("*.json"))
+
+
 def provenance(name):
     """What is known of the weights `weights/<name>.pt`: recipe, images, versions, accuracy, as a dict.
 
     Raises:
         ValueError: no weights of that name.
     """
-    names = sorted(path.stem for path in WEIGHTS.glob("*.json"))
-    if name not in names:
-        raise ValueError(f"no weights {name!r} in {WEIGHTS}; there is {', '.join(names)}")
+    if name not in shipped():
+        raise ValueError(f"no weights {name!r} in {WEIGHTS}; there is {', '.join(shipped())}")
     return json.loads((WEIGHTS / f"{name}.json").read_text())
 
 
@@ -28,17 +32,16 @@ def most_accurate():
     Raises:
         ValueError: no weights at all.
     """
-    names = sorted(path.stem for path in WEIGHTS.glob("*.json"))
-    if not names:
+    if not shipped():
         raise ValueError(f"there are no weights in {WEIGHTS}")
-    return max(names, key=lambda name: provenance(name)["test_accuracy_percent"])
+    return max(shipped(), key=lambda name: provenance(name)["test_accuracy_percent"])
 
 
 def layers_of(model):
     """A line for each layer of a network, with what the shapes of its weights do not tell, such as a stride."""
     lines = []
     for name, module in model.named_modules():
-        if not any(True for _ in module.children()):
+        if not list(module.children()):
             lines.append(f"{name} {type(module).__name__}")
             if isinstance(module, nn.Conv2d):
                 lines[-1] += f" stride {module.stride} padding {module.padding} dilation {module.dilation}"
@@ -60,7 +63,7 @@ class Pretrained(nn.Module):
         model = cls(dropout_value=trained["dropout"])
         weights = load_weights(WEIGHTS / f"{name}.pt")
         shapes, needed = ({key: value.shape for key, value in state.items()} for state in (weights, model.state_dict()))
-        if shapes != needed or stated.get("layers", layers_of(model)) != layers_of(model):
+        if shapes != needed or stated["layers"] != layers_of(model):
             raise ValueError(
                 f"the weights {name!r} do not fit {cls.__name__}: they are of {trained['model']}, or the network was "
                 "changed after they were trained. Train it anew, and load_state_dict the weights of that run"

@@ -1,5 +1,6 @@
 """What an output of a network sees of the image: `receptive_field` computes it, `post_receptive_field` shows it."""
 
+import itertools
 import math
 from dataclasses import dataclass, fields
 
@@ -48,10 +49,8 @@ class ReceptiveFieldTable(list):
         lines = [[name.replace("_", " ") for name in names]]
         lines += [["all" if (v := getattr(row, name)) is None else str(v) for name in names] for row in self]
         widths = [max(map(len, column)) for column in zip(*lines)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) if n < 2 else cell.rjust(width) for n, (cell, width) in enumerate(row))
-            for row in (zip(line, widths) for line in lines)
-        )
+        pads = [str.ljust] * 2 + [str.rjust] * (len(names) - 2)
+        return "\n".join("  ".join(pad(cell, width) for pad, cell, width in zip(pads, line, widths)) for line in lines)
 
 
 def receptive_field(model, input_size=32):
@@ -84,13 +83,13 @@ def receptive_field(model, input_size=32):
     names = {module: name for name, module in model.named_modules()}
     containers = (nn.Sequential, nn.ModuleList)  # which have no row in the torchsummary table
 
-    def record(module, inputs, output):
-        if isinstance(output, torch.Tensor) and not any(True for _ in module.children()):
-            name = names[module] or type(module).__name__
-            calls.setdefault(output.grad_fn, (name, f"{type(module).__name__}-{len(count)}", output.shape[-1:]))
-        count.append(module)
+    numbers = itertools.count(1)
 
-    count = [None]
+    def record(module, inputs, output):
+        row = f"{type(module).__name__}-{next(numbers)}"
+        if isinstance(output, torch.Tensor) and not list(module.children()):
+            calls.setdefault(output.grad_fn, (names[module] or type(module).__name__, row, output.shape[-1:]))
+
     hooks = [m.register_forward_hook(record) for m in model.modules() if not isinstance(m, containers)]
     shape = 1, first.in_channels, input_size, input_size
     try:

@@ -38,18 +38,7 @@ from output import in_notebook, write_atomically
 from parallel import gather, rank, unwrap, world_size
 
 COLUMNS = ("train_loss", "train_acc", "test_loss", "test_acc")
-CHECKPOINT = (
-    "hyperparameters",
-    "kinds",
-    "network",
-    "model",
-    "optimizer",
-    "scheduler",
-    "random",
-    "history",
-    "best",
-    "made_by",
-)
+CHECKPOINT = "hyperparameters kinds network model optimizer scheduler random history best made_by".split()
 MAY_CHANGE = ("epochs",)  # hyperparameters that leave a checkpoint meaningful
 
 _FOLDERS = weakref.WeakKeyDictionary()  # {model: folders of the runs that it was resumed in}
@@ -89,7 +78,7 @@ def load_weights(path):
 
 
 class Stopped(KeyboardInterrupt):
-    """The stop button, which a notebook shows as one line."""
+    """An interrupt that a notebook shows as one line instead of a traceback."""
 
     def _render_traceback_(self):
         return [str(self)]
@@ -182,7 +171,7 @@ class Run:
         _check_hyperparameters(hyperparameters)
         self.hyperparameters = dict(hyperparameters)
         self._model, self._optimizer, self._scheduler = unwrap(model), optimizer, scheduler
-        self.history = None  # save waits until it is clear that this is the same run
+        self.history = None  # so that save refuses, should this turn out to be another run
         checkpoint = gather(self._read_checkpoint() if rank() == 0 else None)[0]
         of_network = checkpoint and self._network_differences(checkpoint)
         differences = checkpoint and self._differences(checkpoint) + of_network

@@ -19,22 +19,8 @@ from torch import optim
 from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
+import epoch
 from augment import A, ImageBatches, InOrder, SeededSampler, as_batch, get_test_transforms, get_train_transforms
-from epoch import (
-    MisclassifiedSamples,
-    Tally,
-    batch_bar,
-    check_criterion,
-    check_labels,
-    check_lists,
-    check_loss,
-    check_optimizer,
-    check_scheduler,
-    check_scores,
-    checked_batch,
-    report,
-    steps_taken,
-)
 from image_sets import CIFAR10_MEAN, CIFAR10_STD, load_images, split_validation
 from layers import evaluation_mode, faster_layers
 from optimization import fit_fused_state, get_loss, get_optimizer, get_scheduler
@@ -127,7 +113,7 @@ def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", ro
 
     generator = options.get("generator")
     shuffle = options.pop("shuffle", None)
-    if shuffle and not (options.get("sampler") is options.get("batch_sampler") is None):
+    if shuffle and any(options.get(key) is not None for key in ("sampler", "batch_sampler")):
         raise ValueError("kwargs give shuffle=True beside a sampler or batch_sampler; give one of them")
     if options.get("batch_sampler") is not None:
         options["batch_sampler"] = SeededSampler(options["batch_sampler"], generator)
@@ -195,7 +181,7 @@ def _made_fast(model, device):
 
 def _forward(model, device, images, labels, layout):
     """Float32 scores of one batch, computed in the type that suits the device, and the labels there."""
-    # Only CUDA keeps memory that is being copied from being freed (pytorch issue 189690).
+    # Safe on CUDA alone: elsewhere memory may be freed while it is still being copied (pytorch issue 189690).
     non_blocking = device.type == "cuda"
     labels_on_device = labels.to(device, non_blocking=non_blocking)
     images = images.to(device, non_blocking=non_blocking)
@@ -203,7 +189,7 @@ def _forward(model, device, images, labels, layout):
     dtype = autocast_dtype(device)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         scores = model(images)
-    check_labels(labels, scores)
+    epoch.check_labels(labels, scores)
     return scores.float(), labels_on_device
 
 
@@ -243,36 +229,35 @@ def train(
     what = "" if train_losses is None else f"epoch {len(train_losses) + 1}"
     train_losses, train_acc = ([] if values is None else values for values in (train_losses, train_acc))
     device = torch.device(device)
-    check_lists([train_losses], [train_acc])
-    check_criterion(criterion)
-    check_optimizer(model, optimizer, criterion)
-    check_scheduler(scheduler, optimizer, train_loader)
+    epoch.check_lists([train_losses], [train_acc])
+    epoch.check_criterion(criterion)
+    epoch.check_optimizer(model, optimizer, criterion)
+    epoch.check_scheduler(scheduler, optimizer, train_loader)
     model.train()
     # float16 gradients of a mean loss underflow unless they are scaled up.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=autocast_dtype(device) == torch.float16)
     fit_fused_state(optimizer)
     start = time.perf_counter()
-    with _made_fast(model, device) as layout, batch_bar(train_loader, what or "train") as bar:
-        tally = Tally(what or "train", bar, device)
-        for images, labels in map(checked_batch, train_loader):
+    with _made_fast(model, device) as layout, epoch.batch_bar(train_loader, what or "train") as bar:
+        tally = epoch.Tally(what or "train", bar, device)
+        for images, labels in map(epoch.checked_batch, train_loader):
             optimizer.zero_grad()
             scores, labels = _forward(model, device, images, labels, layout)
             loss = criterion(scores, labels)
-            check_loss(loss)
             if not tally.sizes:
-                check_scores(scores, labels, criterion, loss)
+                epoch.check_scores(scores, labels, criterion, loss)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
             if scheduler is not None:
                 scheduler.step()
-                scheduler.stepped_to = steps_taken(scheduler)
+                scheduler.stepped_to = epoch.steps_taken(scheduler)
             tally.add(loss, scores.argmax(dim=1), labels)
         mean_loss, accuracy = tally.read()
     train_losses.append(mean_loss)
     train_acc.append(accuracy)
     if verbose:
-        report(what, "train", mean_loss, accuracy, time.perf_counter() - start, train_loader)
+        epoch.report(what, "train", mean_loss, accuracy, time.perf_counter() - start, train_loader)
 
 
 @torch.inference_mode(False)  # which a caller may be in; lazy parameters made in it could not be trained
@@ -288,22 +273,21 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None,
     """
     test_losses, test_acc = ([] if values is None else values for values in (test_losses, test_acc))
     device = torch.device(device)
-    check_lists([test_losses], [test_acc])
-    check_criterion(criterion)
+    epoch.check_lists([test_losses], [test_acc])
+    epoch.check_criterion(criterion)
     if world_size() > 1:  # each process by itself, as their numbers of batches may differ
         model = unwrap(model)
         share_buffers(model)
     model.eval()
-    misclassified, unread = MisclassifiedSamples(), []
+    misclassified, unread = epoch.MisclassifiedSamples(), []
     start = time.perf_counter()
-    with _made_fast(model, device) as layout, batch_bar(test_loader, "test") as bar:
-        tally = Tally("test", bar, device)
-        for images, labels in map(checked_batch, test_loader):
+    with _made_fast(model, device) as layout, epoch.batch_bar(test_loader, "test") as bar:
+        tally = epoch.Tally("test", bar, device)
+        for images, labels in map(epoch.checked_batch, test_loader):
             scores, labels_on_device = _forward(model, device, images, labels, layout)
             loss = criterion(scores, labels_on_device)
-            check_loss(loss)
             if not tally.sizes:
-                check_scores(scores, labels_on_device, criterion, loss)
+                epoch.check_scores(scores, labels_on_device, criterion, loss)
             predictions = scores.argmax(dim=1)
             unread.append((images, labels, predictions))
             if tally.add(loss, predictions, labels_on_device):
@@ -313,7 +297,7 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None,
     test_losses.append(mean_loss)
     test_acc.append(accuracy)
     if verbose:
-        report("", "test", mean_loss, accuracy, time.perf_counter() - start, test_loader)
+        epoch.report("", "test", mean_loss, accuracy, time.perf_counter() - start, test_loader)
     return misclassified
 
 
@@ -388,7 +372,7 @@ def post_accuracyplots(train_losses, test_losses, train_acc, test_acc, title="",
             f"post_accuracyplots got lists of {', '.join(str(len(values)) for values in lists)} epochs; they must be "
             "as long as each other, from 1"
         )
-    check_lists([train_losses, test_losses], [train_acc, test_acc])
+    epoch.check_lists([train_losses, test_losses], [train_acc, test_acc])
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", sharex=True, sharey="row")
     best = int(np.argmax(test_acc))
     epochs = range(1, len(test_acc) + 1)
@@ -428,9 +412,8 @@ def post_progress(run):
     from IPython.display import display
 
     step = -(-epochs // 16)  # so that nobody has to scroll
-    shown = [line for number, line in enumerate(lines, start=1) if number == 1 or number % step == 0]
-    last = [] if lines[-1] in shown else [lines[-1]]
-    table = "\n".join([*shown, *last, f"{left:.0f} min left" if len(lines) < epochs else ""])
+    shown = [line for number, line in enumerate(lines, start=1) if number in (1, len(lines)) or number % step == 0]
+    table = "\n".join([*shown, f"{left:.0f} min left" if len(lines) < epochs else ""])
     columns = [[row[key] for row in run.history] for key in ("train_loss", "test_loss", "train_acc", "test_acc")]
     figure = post_accuracyplots(*columns, title=f"{run}, epoch {len(lines)} of {epochs}", path=run / "curves.png")
     plt.close(figure)  # or the cell would show it once more at its end
@@ -506,18 +489,17 @@ def post_confusion_matrix(misclassified, test_loader, label_map, title="", path=
     wrong = np.zeros((len(classes), len(classes)), dtype=int)
     for _, true, predicted in misclassified:
         wrong[int(true), int(predicted)] += 1
-    totals = np.zeros(len(classes), dtype=int)
-    totals[: len(tested)] = tested
+    totals = np.pad(tested, (0, len(classes) - len(tested)))
     if (wrong.sum(axis=1) > totals).any():
         raise ValueError("there are more misclassified samples than the loader gives; pass the loader that was tested")
     matrix = wrong + np.diag(totals - wrong.sum(axis=1))
-    share = matrix / np.maximum(totals, 1)[:, None]
+    rate = matrix / np.maximum(totals, 1)[:, None]
     figure, axis = plt.subplots(figsize=(8.5, 7.5), layout="constrained")
     # By the square root, or confusions of a few percent would all look white.
-    image = axis.imshow(share, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
+    image = axis.imshow(rate, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
     for (row, column), count in np.ndenumerate(matrix):
-        axis.text(column, row, count, ha="center", va="center", color="white" if share[row, column] > 0.3 else "black")
-    accuracies = [f"{name}  {100 * share[label, label]:.1f} %" for label, name in enumerate(classes)]
+        axis.text(column, row, count, ha="center", va="center", color="white" if rate[row, column] > 0.3 else "black")
+    accuracies = [f"{name}  {100 * rate[label, label]:.1f} %" for label, name in enumerate(classes)]
     axis.set_yticks(range(len(classes)), accuracies)
     axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axis.set(xlabel="predicted class", ylabel="true class and its accuracy")

@@ -10,7 +10,6 @@ epoch, from runs/accuracy. A figure is that of the last epoch, not of the best. 
 """
 
 import argparse
-import csv
 import json
 import pathlib
 import statistics
@@ -60,8 +59,6 @@ def train_recipe(name, epochs, seed, device):
     data.transforms, plain_acc = utils.get_test_transforms(), []
     utils.test(model, device, train_loader, criterion, test_acc=plain_acc)
     summary = json.loads((run / "run.json").read_text())
-    with open(run / "history.csv") as file:
-        history = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
     return {
         "recipe": name,
         "epochs": epochs,
@@ -75,7 +72,7 @@ def train_recipe(name, epochs, seed, device):
         "train_accuracy_percent": train_acc[-1],
         "unaugmented_train_accuracy_percent": plain_acc[0],
         "test_accuracy_percent": test_acc[-1],
-        "history": history,
+        "history": run.history,
     }
 
 
@@ -91,10 +88,6 @@ def read_results(device, data):
         if (result["device"], result["data"]) == (device, data):
             groups.setdefault((result["recipe"], result["epochs"]), []).append(result)
     return dict(sorted(groups.items(), key=lambda item: (item[0][0], -item[0][1])))
-
-
-def accuracy_after(result, epoch):
-    return result["history"][epoch - 1]["test_acc"]
 
 
 def mean_and_spread(values):
@@ -113,7 +106,7 @@ def accuracy_table(groups):
     head = ["recipe", "epochs", "seeds", *(f"after epoch {epoch}" for epoch in milestones), "last", "training images"]
     lines = [head]
     for (recipe, epochs), results in groups.items():
-        accuracies = [[accuracy_after(r, e) for r in results] if e < epochs else [] for e in milestones]
+        accuracies = [[r["history"][e - 1]["test_acc"] for r in results] if e < epochs else [] for e in milestones]
         accuracies += [[r[f"{kind}_accuracy_percent"] for r in results] for kind in ("test", "unaugmented_train")]
         seeds = ", ".join(str(seed) for seed in sorted(r["seed"] for r in results))
         lines.append([recipe, str(epochs), seeds, *map(mean_and_spread, accuracies)])
@@ -165,11 +158,11 @@ def plot(groups, path):
     """Mean test accuracy by epoch; the band spans the seeds."""
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     for (recipe, epochs), results in groups.items():
-        seeds = list(zip(*([row["test_acc"] for row in result["history"]] for result in results)))
-        means = [statistics.mean(values) for values in seeds]
+        by_epoch = list(zip(*([row["test_acc"] for row in result["history"]] for result in results)))
+        means = [statistics.mean(values) for values in by_epoch]
         label = f"{recipe}, {epochs} epochs: {means[-1]:.2f} % ({len(results)} seed{'s' * (len(results) > 1)})"
         (line,) = axis.plot(range(1, epochs + 1), means, label=label)
-        lowest, highest = [min(values) for values in seeds], [max(values) for values in seeds]
+        lowest, highest = [min(values) for values in by_epoch], [max(values) for values in by_epoch]
         axis.fill_between(range(1, epochs + 1), lowest, highest, alpha=0.25, color=line.get_color(), linewidth=0)
         if (recipe, epochs) == ("s9", 80):
             axis.axhline(means[-1], color=line.get_color(), linestyle=":", linewidth=1, label="where s9 ends")

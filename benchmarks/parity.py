@@ -19,6 +19,7 @@ import devices  # noqa: F401
 
 import reference
 import torch
+from accuracy import mean_and_spread
 
 import utils
 from image_sets import load_images
@@ -86,8 +87,7 @@ def main():
 
     print(f"\n{arguments.recipe}, {recipe['epochs']} epochs\n\n| | seeds | test accuracy, % |\n| --- | --- | --- |")
     for variant, finals in accuracies.items():
-        spread = f" ± {statistics.stdev(finals):.2f}" if len(finals) > 1 else ""
-        print(f"| {variant} | {len(finals)} | {statistics.mean(finals):.2f}{spread} |")
+        print(f"| {variant} | {len(finals)} | {mean_and_spread(finals)} |")
     if len(arguments.seeds) > 1:
         plain, ours = accuracies.values()
         error = (statistics.variance(plain) / len(plain) + statistics.variance(ours) / len(ours)) ** 0.5

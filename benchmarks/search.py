@@ -30,6 +30,7 @@ from torch.utils.data import SubsetRandomSampler
 from torch.utils.flop_counter import FlopCounterMode
 
 import utils
+from image_sets import load_images
 from models import Residual, layer, separable
 from output import write_atomically
 from recipes import RECIPES
@@ -106,14 +107,12 @@ def multiply_adds(model):
     return counter.get_total_flops() / 2
 
 
-def validate(model, recipe, seed, report=lambda epoch, accuracy: None):
+def validate(model, recipe, report=lambda epoch, accuracy: None):
     """Train on the training part and return the accuracy on the validation part after the last epoch, in %."""
     device = utils.best_device()
-    options = {"batch_size": recipe["batch_size"]}
-    _, train_loader = utils.get_CIFARdataset_with_loader("train", options)
-    training, validation = utils.split_validation(train_loader.dataset.labels)
+    training, validation = utils.split_validation(load_images("cifar10", "train").labels)
+    options = {"batch_size": recipe["batch_size"], "sampler": SubsetRandomSampler(training)}
     transforms = utils.get_train_transforms(**recipe["transforms"])
-    options |= {"sampler": SubsetRandomSampler(training)}
     _, train_loader = utils.get_CIFARdataset_with_loader("train", options, transforms=transforms)
     options = {"batch_size": 500, "sampler": validation}
     _, loader = utils.get_CIFARdataset_with_loader("train", options, transforms=utils.get_test_transforms())
@@ -143,7 +142,7 @@ def objective(trial):
             raise optuna.TrialPruned
 
     try:
-        return validate(model, recipe, 1, report)
+        return validate(model, recipe, report)
     except FloatingPointError:
         raise optuna.TrialPruned("diverged") from None
 
@@ -172,7 +171,7 @@ def ablation(seeds=(1, 2)):
             print(f"{name}, seed {seed}", flush=True)
             recipe = utils.get_recipe("resnet-quick") | change
             utils.seed_everything(seed)
-            results[name][str(seed)] = validate(utils.build_model(recipe), recipe, seed)
+            results[name][str(seed)] = validate(utils.build_model(recipe), recipe)
             write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
     print("\n| recipe | validation accuracy, % |\n| --- | --- |")
     for name, accuracies in results.items():
@@ -191,7 +190,7 @@ def open_study(journal):
     )
 
 
-def report(study):
+def show(study):
     """The table of all trials, best first, and Optuna's plots of the history and of what mattered."""
     trials = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
     if not trials:
@@ -223,7 +222,7 @@ def main():
     study = open_study(arguments.journal)
     if arguments.trials:
         study.optimize(objective, n_trials=arguments.trials)
-    report(study)
+    show(study)
 
 
 if __name__ == "__main__":

@@ -62,8 +62,8 @@ def seconds_of(function, device):
     return time.perf_counter() - start
 
 
-def first(image_set, n):
-    """The first n images, spread over the classes."""
+def subset(image_set, n):
+    """n images drawn at random, the same on every call."""
     indices = torch.randperm(len(image_set.labels), generator=torch.Generator().manual_seed(0))[:n].numpy()
     return dataclasses.replace(image_set, images=image_set.images[indices], labels=image_set.labels[indices])
 
@@ -72,7 +72,7 @@ class Waiting:
     """A loader that adds up how long its consumer waits for it."""
 
     def __init__(self, loader):
-        self.loader, self.dataset, self.seconds = loader, loader.dataset, 0.0
+        self.loader, self.seconds = loader, 0.0
 
     def __len__(self):
         return len(self.loader)
@@ -91,14 +91,12 @@ class Waiting:
 def fast_loader(image_set, transforms, shuffle):
     data = ImageBatches(image_set, transforms)
     sampler = torch.utils.data.RandomSampler(data) if shuffle else range(len(data))
-    workers = 4 if torch.cuda.is_available() else 0
     return DataLoader(
         data,
         BATCH_SIZE,
         sampler=SeededSampler(sampler),
         collate_fn=as_batch,
-        num_workers=workers,
-        persistent_workers=workers > 0,
+        num_workers=4 if torch.cuda.is_available() else 0,
         pin_memory=torch.cuda.is_available(),
     )
 
@@ -108,7 +106,7 @@ def fast_loader(image_set, transforms, shuffle):
 
 def measure_loading(variant, device, train_set, test_set):
     """Augmented batches in one process on one core."""
-    sample = first(train_set, 5120)
+    sample = subset(train_set, 5120)
     compose = utils.get_train_transforms()
     data = ImageBatches(sample, compose)
     loader = DataLoader(data, BATCH_SIZE, sampler=SeededSampler(range(len(data))), collate_fn=as_batch)
@@ -124,12 +122,6 @@ def measure_loading(variant, device, train_set, test_set):
     while seconds < 2:  # a single pass can be so short that whatever else the machine does decides the figure
         passes, seconds = passes + 1, seconds + seconds_of(run, device)
     return {"images_per_second": passes * len(data) / seconds}
-
-
-class ReadyBatches(list):
-    """A list of batches with the attribute of a loader that `train` reads."""
-
-    dataset = ()
 
 
 def measure_step(variant, device, train_set, test_set):
@@ -150,7 +142,7 @@ def measure_step(variant, device, train_set, test_set):
             for _ in range(steps):
                 reference.train_step(model, optimizer, F.nll_loss, images, labels)
     else:
-        batches = ReadyBatches([(images, labels)] * steps)
+        batches = [(images, labels)] * steps
         model = {"limit": Model(0), "resnet": SeparableResNet()}.get(variant, Model(0.05)).to(device)
         optimizer = utils.get_optimizer(model, lr=0.05)
         model = torch.compile(model) if variant == "compiled" else model
@@ -275,8 +267,8 @@ def main():
         return print_table()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    train_set = first(load_images("cifar10", "train"), arguments.train_images)
-    test_set = first(load_images("cifar10", "test"), arguments.test_images)
+    train_set = subset(load_images("cifar10", "train"), arguments.train_images)
+    test_set = subset(load_images("cifar10", "test"), arguments.test_images)
     if arguments.measure:
         what, variant = arguments.measure
         print(json.dumps(MEASUREMENTS[what](variant, device, train_set, test_set)))
