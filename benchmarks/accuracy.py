@@ -176,7 +176,7 @@ def plot(groups, path):
     save_figure(figure, path)
 
 
-def ship_weights(recipe, seed, device):
+def ship_weights(recipe, seed, device, note):
     """Copy the last weights of a run of the recipe's own length to weights/, with a JSON of where they come from."""
     name = run_name(recipe, RECIPES[recipe]["epochs"], seed, device)
     if not (RUNS / name / "last.pt").exists():
@@ -186,6 +186,7 @@ def ship_weights(recipe, seed, device):
     if run["last_test_accuracy_percent"] != result["test_accuracy_percent"]:
         sys.exit(f"{RUNS / name} is of another run than {RESULTS / name}.json; delete both to train again")
     del result["history"]
+    result["note"] = note
     weights = (RUNS / name / "last.pt").read_bytes()
     (ROOT / "weights").mkdir(exist_ok=True)
     write_atomically(ROOT / "weights" / f"{recipe}.pt", weights)
@@ -198,6 +199,7 @@ def main():
     parser.add_argument("--epochs", type=int, help="by default the recipe's own")
     parser.add_argument("--seeds", type=int, nargs="*", default=[4, 5, 6])
     parser.add_argument("--ship-weights", action="store_true", help="copy the first seed's weights to weights/")
+    parser.add_argument("--note", default="", help="what else to say of the images, in the JSON of the weights")
     arguments = parser.parse_args()
     if arguments.epochs is not None and (arguments.epochs < 1 or arguments.ship_weights):
         parser.error("--epochs must be at least 1, and only weights trained for the recipe's own number are shipped")
@@ -217,7 +219,7 @@ def main():
                 result = train_recipe(recipe, epochs, seed, device)
                 write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
             if arguments.ship_weights and seed == arguments.seeds[0]:
-                ship_weights(recipe, seed, device.type)
+                ship_weights(recipe, seed, device.type, arguments.note)
 
     if not (groups := read_results(device.type, data)):
         sys.exit(f"no results on {data} with {device.type} yet")
