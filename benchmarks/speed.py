@@ -36,8 +36,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import utils
 from augment import ImageBatches, SeededSampler, as_batch
 from image_sets import load_images
-from models import Model, SeparableResNet
+from models import Model
 from output import write_atomically
+from recipes import RECIPES
 
 BATCH_SIZE = 256
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -88,12 +89,12 @@ class Waiting:
             yield batch
 
 
-def fast_loader(image_set, transforms, shuffle):
+def fast_loader(image_set, transforms, batch_size, shuffle):
     data = ImageBatches(image_set, transforms)
     sampler = torch.utils.data.RandomSampler(data) if shuffle else range(len(data))
     return DataLoader(
         data,
-        BATCH_SIZE,
+        batch_size,
         sampler=SeededSampler(sampler),
         collate_fn=as_batch,
         num_workers=4 if torch.cuda.is_available() else 0,
@@ -127,8 +128,8 @@ def measure_loading(variant, device, train_set, test_set):
 def measure_step(variant, device, train_set, test_set):
     """Training steps on tensors that are on the device already.
 
-    "limit" is this project's step without dropout, "resnet" that of SeparableResNet, "compiled", on a GPU, the one
-    through torch.compile; "first_seconds" is what the unmeasured round takes, in which it is compiled.
+    "limit" is this project's step without dropout, "compiled", on a GPU, the one through torch.compile; "first_seconds"
+    is what the unmeasured round takes, in which it is compiled.
     """
     steps = 100 if device.type == "cuda" else 8
     generator = torch.Generator().manual_seed(0)
@@ -143,7 +144,7 @@ def measure_step(variant, device, train_set, test_set):
                 reference.train_step(model, optimizer, F.nll_loss, images, labels)
     else:
         batches = [(images, labels)] * steps
-        model = {"limit": Model(0), "resnet": SeparableResNet()}.get(variant, Model(0.05)).to(device)
+        model = Model(0 if variant == "limit" else 0.05).to(device)
         optimizer = utils.get_optimizer(model, lr=0.05)
         model = torch.compile(model) if variant == "compiled" else model
         run = functools.partial(utils.train, model, device, batches, optimizer, utils.get_loss(), [], [])
@@ -152,7 +153,7 @@ def measure_step(variant, device, train_set, test_set):
 
 
 def measure_epoch(variant, device, train_set, test_set):
-    """An epoch of training and a test."""
+    """An epoch of training and a test, by the plain loop or by a recipe."""
     if variant == "reference":
         train_loader, test_loader = reference.get_loaders(train_set, test_set, device, BATCH_SIZE)
         model = Model(0.05).to(device)
@@ -162,13 +163,15 @@ def measure_epoch(variant, device, train_set, test_set):
             reference.train(model, device, train_loader, optimizer, F.nll_loss)
             reference.test(model, device, test_loader, F.nll_loss)
     else:
-        train_loader = Waiting(fast_loader(train_set, utils.get_train_transforms(), shuffle=True))
-        test_loader = Waiting(fast_loader(test_set, utils.get_test_transforms(), shuffle=False))
-        model = Model(0.05).to(device)
-        optimizer, criterion = utils.get_optimizer(model, lr=0.05), utils.get_loss()
+        recipe = utils.get_recipe("s9" if variant == "ours" else variant)
+        transforms, size = utils.get_train_transforms(**recipe["transforms"]), recipe["batch_size"]
+        train_loader = Waiting(fast_loader(train_set, transforms, size, shuffle=True))
+        test_loader = Waiting(fast_loader(test_set, utils.get_test_transforms(), size, shuffle=False))
+        model = utils.build_model(recipe).to(device)
+        optimizer, scheduler, criterion = utils.build_training(recipe, model, len(train_loader))
 
         def run():
-            utils.train(model, device, train_loader, optimizer, criterion, [], [])
+            utils.train(model, device, train_loader, optimizer, criterion, [], [], scheduler)
             utils.test(model, device, test_loader, criterion, [], [])
 
     seconds_of(run, device)
@@ -275,21 +278,21 @@ def main():
         return
 
     sizes = [f"--train-images={arguments.train_images}", f"--test-images={arguments.test_images}"]
-    both, compiled = ["reference", "ours"], ["compiled"] if device.type == "cuda" else []
+    both = ["reference", "ours"]
+    compiled = ["compiled"] if device.type == "cuda" else []
     loading = take_turns("loading", both, arguments.repeats, sizes)
-    steps = take_turns("step", [*both, "limit", "resnet", *compiled], arguments.repeats, sizes)
+    steps = take_turns("step", [*both, "limit", *compiled], arguments.repeats, sizes)
     busy = take_turns("busy", both, arguments.repeats, sizes)
-    epochs = take_turns("epoch", both, max(1, arguments.repeats // 2), sizes)
+    epochs = take_turns("epoch", [*both, "tuned", "resnet"], max(1, arguments.repeats // 2), sizes)
     dtype = utils.autocast_dtype(device)
     matrix = best_matrix_product(device, dtype)
     root = str(pathlib.Path(__file__).parent.parent)
     clock = f"import sys, time; start = time.perf_counter(); sys.path.insert(0, {root!r})\n{FIRST_BATCH}"
     start_up = statistics.median(in_a_process("-c", clock + "print(time.perf_counter() - start)") for _ in range(3))
 
-    loading, step, busy = (
-        {name: row["images_per_second"] for name, row in rows.items()} for rows in (loading, steps, busy)
-    )
-    seconds, memory = ({name: row[key] for name, row in epochs.items()} for key in ("seconds", "peak_megabytes"))
+    def column(rows, quantity):
+        return {variant: row[quantity] for variant, row in rows.items()}
+
     result = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
@@ -298,14 +301,14 @@ def main():
         "data": train_set.name,
         "train_images": len(train_set.labels),
         "test_images": len(test_set.labels),
-        "data_path_images_per_second_and_core": loading,
-        "step_images_per_second": step,
-        "step_beside_a_busy_core_images_per_second": busy,
-        "epoch_seconds": seconds,
+        "data_path_images_per_second_and_core": column(loading, "images_per_second"),
+        "step_images_per_second": column(steps, "images_per_second"),
+        "step_beside_a_busy_core_images_per_second": column(busy, "images_per_second"),
+        "epoch_seconds": column(epochs, "seconds"),
         "share_of_epoch_waiting_for_data": epochs["ours"]["waiting_share"],
-        "step_flops_per_second": step["ours"] * flops_per_image(),
+        "step_flops_per_second": steps["ours"]["images_per_second"] * flops_per_image(),
         "best_matrix_product_flops_per_second": matrix,
-        "peak_resident_megabytes": memory,
+        "peak_resident_megabytes": column(epochs, "peak_megabytes"),
         "seconds_from_import_to_first_batch": start_up,
         "seconds_of_compiling": steps["compiled"]["first_seconds"] if compiled else None,
     }
@@ -330,6 +333,18 @@ def print_table():
     def epoch_rate(result, seconds):
         return (result["train_images"] + result["test_images"]) / seconds
 
+    def times(variant, schedule, other, others_schedule):
+        """How many times as long a variant takes for the epochs of a recipe as another for those of another."""
+
+        def cell(result):
+            seconds = result["epoch_seconds"]
+            if variant not in seconds or other not in seconds:
+                return ""
+            epochs, others_epochs = RECIPES[schedule]["epochs"], RECIPES[others_schedule]["epochs"]
+            return f"{epochs * seconds[variant] / (others_epochs * seconds[other]):.2f}"
+
+        return cell
+
     rows = {
         "computes in": lambda r: r["type"].removeprefix("torch."),
         "torch": lambda r: r["torch"],
@@ -343,7 +358,10 @@ def print_table():
         "peak resident memory, MB (times the plain loop's)": compared("peak_resident_megabytes"),
         "from import to the first batch, s": lambda r: f"{r['seconds_from_import_to_first_batch']:.1f}",
         "the step without dropout, images/s": lambda r: f"{r['step_images_per_second']['limit']:,.0f}",
-        "the step of SeparableResNet, images/s": lambda r: f"{r['step_images_per_second'].get('resnet', 0):,.0f}",
+        "time of `resnet`, in that of `tuned`": times("resnet", "resnet", "tuned", "tuned"),
+        "time of the plain loop, in that of `resnet-quick`": times(
+            "reference", "s9", "resnet", "resnet-quick"
+        ),
         "the step's share of the best matrix product's FLOP/s": lambda r: (
             f"{r['step_flops_per_second'] / r['best_matrix_product_flops_per_second']:.0%}"
         ),
