@@ -199,3 +199,8 @@ def test_torch_fx_and_another_head_give_the_features(network):
     for head, outputs in [(nn.Sequential(model.classifier, nn.Dropout(0.5)), 10), (nn.Identity(), features)]:
         model.classifier = head.eval()
         assert model(images).shape == (2, outputs) and receptive_field(model).total == field
+
+
+def test_a_residual_adds_its_branch_to_its_input():
+    x, branch = torch.randn(2, 3, 4, 4), nn.Conv2d(3, 3, 3, padding=1)
+    torch.testing.assert_close(models.Residual(branch)(x), (x + branch(x)).relu())
