@@ -61,7 +61,7 @@ def class_names(label_map):
             f"the labels 0 to {len(label_map) - 1} and each name once"
         )
     pairs = {label: name for name, label in label_map.items()} if by_name else label_map
-    return [str(pairs[label]) for label in sorted(labels)]
+    return [str(pairs[label]) for label in range(len(pairs))]
 
 
 @torch.no_grad()

@@ -79,6 +79,12 @@ def test_test_reports_means_per_sample_and_what_was_wrong(
     assert len(reads) == expected_reads
 
 
+def test_test_keeps_no_graph(batches):
+    kept = []
+    evaluate(linear(), batches, lambda scores, labels: kept.append(scores.requires_grad) or F.nll_loss(scores, labels))
+    assert kept == [False] * 3
+
+
 def test_train_takes_the_steps_of_a_plain_loop(batches, in_float32):
     model, plain, losses, accuracies = linear(), linear(), [], []
     plain.load_state_dict(model.state_dict())
