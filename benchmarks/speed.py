@@ -359,9 +359,7 @@ def print_table():
         "from import to the first batch, s": lambda r: f"{r['seconds_from_import_to_first_batch']:.1f}",
         "the step without dropout, images/s": lambda r: f"{r['step_images_per_second']['limit']:,.0f}",
         "time of `resnet`, in that of `tuned`": times("resnet", "resnet", "tuned", "tuned"),
-        "time of the plain loop, in that of `resnet-quick`": times(
-            "reference", "s9", "resnet", "resnet-quick"
-        ),
+        "time of the plain loop, in that of `resnet-quick`": times("reference", "s9", "resnet", "resnet-quick"),
         "the step's share of the best matrix product's FLOP/s": lambda r: (
             f"{r['step_flops_per_second'] / r['best_matrix_product_flops_per_second']:.0%}"
         ),

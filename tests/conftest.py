@@ -16,19 +16,12 @@ import torch
 from image_sets import load_images
 from runs import load_weights
 
+torch.set_num_threads(1)  # small networks need no more, and several wait for each other on a busy machine
+
 
 @pytest.fixture(scope="session")
 def digits():
     return {split: load_images("digits", split) for split in ("train", "test")}
-
-
-@pytest.fixture
-def one_thread():
-    """As small networks need no more, and several wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -46,16 +39,21 @@ def processes():
     return context
 
 
+class CreatesFile:
+    """A pickle that makes the file "opened" when it is opened."""
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (pathlib.Path("opened"),)
+
+
 def end_state(folder):
     """Everything that the checkpoint and the weights files hold, but times, as one list of plain values."""
 
     def flat(value):
         if isinstance(value, dict):
-            return [flat([key, part]) for key, part in value.items() if key not in ("seconds", "saved")]
+            value = [part for part in value.items() if part[0] not in ("seconds", "saved")]
         if isinstance(value, (list, tuple)):
-            return [flat(part) for part in value]
-        if isinstance(value, torch.Tensor):
-            return value.dtype, tuple(value.shape), value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        return value
+            return [*map(flat, value)]
+        return (value.dtype, value.shape, value.numpy().tobytes()) if isinstance(value, torch.Tensor) else value
 
     return flat([load_weights(folder / name) for name in ("checkpoint.pt", "last.pt", "best.pt")])

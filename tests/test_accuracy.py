@@ -43,11 +43,7 @@ def test_accuracies(groups):
 def test_times_beside_the_plain_loop_of_the_same_processor_threads_and_type(groups, tmp_path, monkeypatch):
     """12 seconds for 10,000 images are 60 for 50,000, so the plain loop's 80 epochs take 80 minutes."""
     monkeypatch.setattr(accuracy, "SPEED", tmp_path)
-    for name, dtype, seconds in (
-        ("another", "torch.b", 24.0),
-        ("the CPU", "torch.a", 36.0),
-        ("the CPU", "torch.b", 12.0),
-    ):
+    for name, dtype, seconds in (("another", "torch.b", 24), ("the CPU", "torch.a", 36), ("the CPU", "torch.b", 12)):
         measured = {"device": name, "threads": 2, "type": dtype, "train_images": 10_000}
         measured["epoch_seconds"] = {"reference": seconds}
         (tmp_path / f"speed-{name}-{dtype}.json").write_text(json.dumps(measured))

@@ -6,13 +6,12 @@ import pickle
 import signal
 import sys
 import types
-import warnings
 
 import albumentations as A
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Subset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 
 import utils
 from augment import SeededSampler
@@ -121,34 +120,19 @@ def test_a_change_of_the_data_set_is_seen_in_the_next_epoch(digits, num_workers)
     assert (epoch(loader)[0] == 7).all()
 
 
-def test_a_distributed_sampler_gets_its_epoch():
-    labels = get("test").dataset.labels
-    sampler, by_hand = (DistributedSampler(labels, num_replicas=2, rank=1, seed=3) for _ in range(2))
-    loader = get("test", batch_size=1, batch_sampler=BatchSampler(sampler, 32, drop_last=False))
-    for number in (0, 1):
-        loader.batch_sampler.sampler.set_epoch(number)
-        by_hand.set_epoch(number)
-        assert epoch(loader)[1].tolist() == labels[list(by_hand)].tolist()
-
-
-@pytest.mark.parametrize("prepared", [True, False])
-def test_processes_share_out_the_images_unless_accelerate_does(prepared, monkeypatch):
-    monkeypatch.setitem(sys.modules, "accelerate.state", types.SimpleNamespace(is_initialized=lambda: prepared))
+def test_where_accelerate_shares_out_each_process_gets_all_images(monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate.state", types.SimpleNamespace(is_initialized=lambda: True))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(utils, "gather", lambda value: [5, 6])
     monkeypatch.setattr(SeededSampler, "__iter__", lambda sampler: iter(sampler._sampler))  # without the augmentations
     for split, size in (("train", 1437), ("test", 360)):
-        shares = []
+        orders = []
         for rank in range(2):
             monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
             torch.rand(rank)  # whatever else a driver may draw in one of the processes
-            shares.append(list(get(split).sampler))
-        assert {*shares[0], *shares[1]} == set(range(size))
-        if prepared:
-            assert shares[0] == shares[1] and len(shares[0]) == size
-        else:
-            assert len(shares[0]) == len(shares[1]) == -(-size // 2)
+            orders.append(list(get(split).sampler))
+        assert orders[0] == orders[1] and sorted(orders[0]) == list(range(size))
 
 
 def test_a_samplers_attributes_can_be_read_and_set():
@@ -161,12 +145,11 @@ def test_a_samplers_attributes_can_be_read_and_set():
         loader.sampler.set_epoch(1)
 
 
+@pytest.mark.filterwarnings("error")
 def test_kwargs_of_the_original_notebook_without_a_warning(monkeypatch):
     original = {"batch_size": 256, "shuffle": True, "num_workers": 4, "pin_memory": True}
     kwargs = dict(original)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        images, labels = epoch(get(**kwargs))
+    images, labels = epoch(get(**kwargs))
     assert len(images) == len(labels) == 1437 and kwargs == original
     monkeypatch.setattr(utils.os, "sched_getaffinity", lambda _: {0}, raising=False)
     assert get(**kwargs).num_workers == 1  # no more workers than cores

@@ -10,8 +10,6 @@ from torch.optim import lr_scheduler
 
 import utils
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def network():
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.LogSoftmax(dim=1))

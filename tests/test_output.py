@@ -29,6 +29,8 @@ def test_a_figure_is_saved_in_the_format_of_its_suffix(name, start, tmp_path):
     figure = Figure((1, 1))
     assert output.save_figure(figure, str(tmp_path / name)) is figure
     assert (tmp_path / name).read_bytes().startswith(start)
+    with pytest.raises(OSError, match="could not write"):
+        output.save_figure(figure, tmp_path / "absent" / name)
 
 
 @pytest.mark.parametrize(("terminal", "switch", "shown"), [(True, "", True), (False, "", False), (True, "1", False)])

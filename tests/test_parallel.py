@@ -72,13 +72,8 @@ def one_of_two(rank, folder):
     batches = [batch] * (2 - rank)  # one more in the first process
     utils.test(norm, "cpu", batches, utils.get_loss("cross_entropy"))
 
-    results = {
-        "lists": lists,
-        "mistakes": [tuple(sample) for sample in mistakes],
-        "ends": ends,
-        "augmented": augmented,
-        "norm": [norm.running_mean.tolist(), norm.weight.tolist()],
-    }
+    results = {"lists": lists, "mistakes": [*map(tuple, mistakes)], "ends": ends, "augmented": augmented}
+    results["norm"] = [norm.running_mean.tolist(), norm.weight.tolist()]
     torch.save(results, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -97,7 +92,7 @@ def two(processes, tmp_path_factory):
     return folder, *(utils.load_weights(folder / f"{rank}.pt") for rank in range(2))
 
 
-def test_the_history_is_that_of_one_process(two, tmp_path, monkeypatch, one_thread):
+def test_the_history_is_that_of_one_process(two, tmp_path, monkeypatch):
     monkeypatch.setattr(utils, "load_images", few_images)
     monkeypatch.setattr(utils, "autocast_dtype", lambda device: torch.float32)
     sampler = DistributedSampler(range(48), num_replicas=1, rank=0, seed=4)

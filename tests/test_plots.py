@@ -1,11 +1,9 @@
 """The plots of utils.py against independent truth: scikit-learn, NumPy, arithmetic done here, the images themselves."""
 
 import copy
-import errno
 import os
 import re
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import albumentations
 import IPython.display
@@ -13,9 +11,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from PIL import Image
 from sklearn.metrics import confusion_matrix, recall_score
 from torch import nn
@@ -47,10 +42,8 @@ def world():
     `wrong` is a list as `utils.test` returns it, made without `utils.test`.
     """
     train_loader, test_loader = loader("train", utils.get_test_transforms()), loader("test")  # not augmented
-    means = torch.zeros(10, 3072)
-    for images, labels in train_loader:
-        means.index_add_(0, labels, images.flatten(1))
-    means /= torch.bincount(torch.from_numpy(train_loader.dataset.labels))[:, None]
+    images, labels = (torch.cat(parts) for parts in zip(*train_loader))
+    means = torch.stack([images[labels == label].flatten(1).mean(0) for label in range(10)])
     model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).requires_grad_(False)
     model[1].weight.data, model[1].bias.data = means / 200, -(means**2).sum(1) / 400
     images, true = (torch.cat(parts) for parts in zip(*test_loader))
@@ -99,38 +92,17 @@ def test_saves_a_png_whatever_folders_are_called(plot, world, tmp_path, monkeypa
         assert image.format == "PNG" and min(image.size) > 300 and len(np.unique(image)) > 10
 
 
-def test_a_plot_that_cannot_be_saved_leaves_the_old_one(tmp_path):
-    (tmp_path / "plot.png").write_bytes(b"old")
-    full = OSError(errno.ENOSPC, "No space left on device")
-    with patch("os.replace", side_effect=full), pytest.raises(OSError, match="No space left"):
-        utils.post_accuracyplots(*HISTORY, path=tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes() == b"old" and os.listdir(tmp_path) == ["plot.png"]
-
-
 @pytest.mark.parametrize("plot", BY_LABEL_MAP.values(), ids=BY_LABEL_MAP)
-def test_both_directions_of_a_label_map_name_the_same(plot, world):
-    back = dict(sorted((label, name) for name, label in LABEL_MAP.items()))
-    there, back = ([text.get_text() for text in plot(world, names).findobj(plt.Text)] for names in (LABEL_MAP, back))
-    assert there == back and sum(any(name in text for name in NAMES) for text in there) >= 10
-
-
-@pytest.mark.parametrize(
-    "label_map",
-    [{name: label + 1 for name, label in LABEL_MAP.items()}, NAMES[:5]],
-    ids=["not what predict.class_names takes", "too few"],
-)
-@pytest.mark.parametrize("plot", BY_LABEL_MAP.values(), ids=BY_LABEL_MAP)
-def test_label_maps_that_do_not_name_the_classes_are_refused(plot, label_map, world):
-    with pytest.raises(ValueError, match=r"each label|labels up to"):
-        plot(world, label_map)
+def test_label_maps_that_do_not_name_the_classes_are_refused(plot, world):
+    with pytest.raises(ValueError, match="labels up to"):
+        plot(world, NAMES[:5])
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 
 
-@given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(3))))
-@settings(deadline=None, max_examples=50)
-def test_pixels_survive_normalisation_and_back(pixels):
+def test_pixels_survive_normalisation_and_back_and_do_not_wrap():
+    pixels = np.arange(3 * 256).astype(np.uint8).reshape(16, 16, 3)  # each value in each channel
     normalised = utils.get_test_transforms()(image=pixels)["image"]
     before = normalised.clone()
     for tensor in (normalised, normalised.double(), normalised.requires_grad_()):
@@ -138,14 +110,8 @@ def test_pixels_survive_normalisation_and_back(pixels):
         assert image.dtype == np.uint8 and np.array_equal(image, pixels)
         image[:] = 0  # neither the call nor the use of its result reaches the input
     assert torch.equal(normalised, before)
-
-
-@given(hnp.arrays(np.float32, (3, 4, 5), elements=st.floats(-(2.0**100), 2.0**100, width=32)))
-@settings(deadline=None, max_examples=50)
-def test_pixels_are_clipped_and_do_not_wrap(image):
-    pixels = utils.get_image_from_tensor(torch.from_numpy(image))
-    bright, dark = image.transpose(1, 2, 0) > 10, image.transpose(1, 2, 0) < -10
-    assert (pixels[bright] == 255).all() and (pixels[dark] == 0).all()
+    extreme = torch.tensor([-1e30, -10, 10, 1e30]).expand(3, 1, 4)
+    assert utils.get_image_from_tensor(extreme)[0].tolist() == [[0] * 3] * 2 + [[255] * 3] * 2
 
 
 def test_display_shows_16_samples_under_their_own_class(world):

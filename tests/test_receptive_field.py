@@ -114,10 +114,7 @@ BY_HAND = {  # a network, and the receptive field after each of its steps; None 
     "a sum": (Network(lambda x, a, b: b(a(x) + x), conv(), conv()), [3, 5]),
     "a concatenation": (Network(lambda x, a, b: b(torch.cat([x, a(x)], 1)), conv(5), conv(3, 6)), [5, 7]),
     "the larger of two branches": (Network(lambda x, a, b: a(x) + b(x), conv(7), conv(3)), [7, 3]),
-    "a stride in both branches": (
-        Network(lambda x, a, b, c: c(a(x) + b(x)), conv(stride=2), conv(1, stride=2), conv()),
-        [3, 1, 7],
-    ),
+    "strides": (Network(lambda x, a, b, c: c(a(x) + b(x)), conv(stride=2), conv(1, stride=2), conv()), [3, 1, 7]),
     "squeeze-and-excitation": (squeeze_excite(nn.AdaptiveAvgPool2d(1)), [3, None, None, None]),
     "squeeze by AvgPool2d": (squeeze_excite(nn.AvgPool2d(32)), [3, None, None, None]),
     "squeeze by a function": (squeeze_excite(Network(lambda x: x.mean((2, 3), True))), [3, None, None]),
@@ -153,19 +150,11 @@ def test_counts_by_hand(network, fields):
     assert rows.total == max(field or 0 for field in fields)
 
 
-WRAPPERS = {
-    "DataParallel": nn.DataParallel,
-    "compiled": lambda model: torch.compile(model, backend="eager"),
-    "both": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
-}
-
-
-@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sees_through_wrappers_and_in_any_type(wrap, dtype):
+def test_sees_through_wrappers_and_in_any_type(dtype):
     model = nn.Sequential(conv(), nn.Sequential(nn.BatchNorm2d(3), conv(5))).to(dtype)
-    assert receptive_field(wrap(model)) == receptive_field(model)
-    assert [row.name for row in receptive_field(wrap(model))] == ["0", "1.1"]
+    rows = receptive_field(torch.compile(nn.DataParallel(model), backend="eager"))
+    assert rows == receptive_field(model) and [row.name for row in rows] == ["0", "1.1"]
 
 
 def test_follows_a_change_and_leaves_the_model_as_it_was():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
@@ -10,8 +11,6 @@ from torch import nn
 
 import utils
 from models import Model
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 EPOCHS = 3
 
@@ -42,27 +41,18 @@ class Notebook:
         """Run the training cell, up to an epoch, or to a batch where the stop button is pressed: (loop, its number)."""
         optimizer = utils.get_optimizer(self.model, "SGD", lr=lr, momentum=0.9)
         scheduler = utils.get_scheduler(optimizer, step_size=2, gamma=0.5, steps_per_epoch=2)
-        train_loss, test_loss = (
-            pressed_at(stop[1]) if loop in stop else utils.get_loss() for loop in ("train", "test")
-        )
+        losses = {loop: pressed_at(stop[1]) if loop in stop else utils.get_loss() for loop in ("train", "test")}
         settings = {"epochs": epochs, "seed": 4, "lr": lr}
         lists = self.run.resume(settings, self.model, optimizer, scheduler)
         for _ in range(len(lists[0]), epochs):
-            utils.train(self.model, "cpu", self.train_loader, optimizer, train_loss, *lists[:2], scheduler=scheduler)
-            utils.test(self.model, "cpu", self.test_loader, test_loss, *lists[2:])
+            utils.train(self.model, "cpu", self.train_loader, optimizer, losses["train"], *lists[:2], scheduler)
+            utils.test(self.model, "cpu", self.test_loader, losses["test"], *lists[2:])
             self.run.save(*lists)
 
 
 def pressed_at(batch):
     """A loss with the stop button in it."""
-    calls = iter(range(1, batch + 1))
-
-    def loss(scores, labels):
-        if next(calls) == batch:
-            raise KeyboardInterrupt
-        return utils.get_loss()(scores, labels)
-
-    return loss
+    return Mock(wraps=utils.get_loss(), reduction="mean", side_effect=[DEFAULT] * (batch - 1) + [KeyboardInterrupt])
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +139,6 @@ def test_a_run_goes_on_in_another_wrapper_and_another_way_of_computing(tmp_path)
         assert epoch == 0 or inner[0].bias.tolist() == [epoch - 1] * 2
         assert [group["fused"] for group in optimizer.param_groups] == [fused]
         nn.init.constant_(inner[0].bias, epoch)
-        for values in lists:
-            values.append(1.0)
-        run.save(*lists)
+        run.save(*([*values, 1.0] for values in lists))
         weights = utils.load_weights(run / "last.pt")
         assert weights.keys() == inner.state_dict().keys() and weights["0.bias"].tolist() == [epoch] * 2

@@ -17,8 +17,6 @@ import epoch
 import utils
 from models import Model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def linear(*end):
     """Four classes of images (N, 3, 8, 8), by default as log-probabilities."""
@@ -119,6 +117,11 @@ def test_a_line_each_and_lists_that_are_never_shared(batches, capsys):
     assert len(losses) == 4 and len(accuracies) == 3 and capsys.readouterr().out == ""
 
 
+def test_correct_predictions_are_counted():
+    for predicted in (torch.tensor([2, 1, 1]), torch.tensor([[2], [1], [1]]), torch.eye(3)[[2, 1, 1]]):
+        assert utils.GetCorrectPredCount(predicted, torch.tensor([2, 0, 1])) == 2
+
+
 @pytest.mark.parametrize("predictions, labels", [((3, 10), (4,)), ((10,), ()), ((4,), (4, 1))])
 def test_a_count_of_what_torch_would_stretch_is_refused(predictions, labels):
     with pytest.raises(ValueError) as refused:
@@ -211,7 +214,7 @@ def test_hooks_of_every_kind_on_every_layer(cifar_batches, in_float32):
 
     def look(kind, name):
         def hook(module, *tensors):
-            calls.add((kind, name))
+            calls.add((kind, name, type(module)))
             for tensor in tensors:
                 tensor = tensor[0] if isinstance(tensor, tuple) else tensor
                 if isinstance(module, nn.Conv2d) and tensor is not None:  # as the gradient of images is
@@ -227,7 +230,8 @@ def test_hooks_of_every_kind_on_every_layer(cifar_batches, in_float32):
     train(model, cifar_batches[:1], train_losses=losses)
     evaluate(model, cifar_batches)
     assert losses == [pytest.approx(expected, rel=1e-4)]
-    assert len(calls) == len(kinds) * len(list(model.modules()))
+    # Tools such as thop know layers by their exact type.
+    assert calls == {(kind, name, type(m)) for kind, (name, m) in itertools.product(kinds, model.named_modules())}
     assert all(torch.equal(output, copied) for output, copied in kept)
 
 
