@@ -255,9 +255,9 @@ class ImageBatches(Dataset):
         if not isinstance(keys[0], tuple):  # not from SeededSampler: somebody looks at single samples
             seed = int(torch.empty((), dtype=torch.int64).random_())
             keys = [(index, (seed, 0)) for index in keys]
-        indices, seeds = zip(*keys)
-        images = augment_batch(self.transforms, self.images[list(indices)], np.random.default_rng(seeds[0]))
-        return Batch(images, torch.as_tensor(self.labels)[list(indices)])
+        indices, seeds = [int(index) for index, _ in keys], keys[0][1]
+        images = augment_batch(self.transforms, self.images[indices], np.random.default_rng(seeds))
+        return Batch(images, torch.as_tensor(self.labels)[indices])
 
 
 class Batch(Sequence):
@@ -319,7 +319,7 @@ class SeededSampler(Sampler):
         seed = int(torch.empty((), dtype=torch.int64).random_(generator=self._generator))
         for position, item in enumerate(self._sampler):
             seeds = seed, position, rank()
-            if isinstance(item, (list, tuple)):  # a batch sampler
+            if np.ndim(item):  # of a batch sampler
                 yield [(int(index), seeds) for index in item]
             else:
                 yield int(item), seeds

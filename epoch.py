@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn, optim
+from torch import nn
+from torch.optim import lr_scheduler
 
 from output import progress_bar
 from parallel import rank, sum_over_processes, unwrap
@@ -71,11 +72,14 @@ class Misclassified(NamedTuple):
 
 
 class MisclassifiedSamples(list):
-    """What `test` returns: a list of `Misclassified`; `tested` is how many samples of each class there were."""
+    """What `test` returns: a list of `Misclassified`.
+
+    `tested` is how many samples of each class there were, as long as the list has the `found` samples of that test.
+    """
 
     def __init__(self):
         super().__init__()
-        self.tested = np.zeros(0, dtype=int)
+        self.tested, self.found = np.zeros(0, dtype=int), 0
 
     def read(self, unread):
         """Take over what is wrong in a list of batches (images, labels, predictions), which it empties."""
@@ -87,6 +91,7 @@ class MisclassifiedSamples(list):
             for index in torch.nonzero(predictions != labels).flatten().tolist():
                 sample = images[index], labels[index], predictions[index]
                 self.append(Misclassified(*(part.clone() for part in sample)))
+        self.found = len(self)
         unread.clear()
 
 
@@ -126,8 +131,8 @@ def check_lists(losses, accuracies):
 def check_criterion(criterion):
     """The criterion gives the mean over a batch, as the means of an epoch take for granted."""
     options = criterion.keywords if isinstance(criterion, functools.partial) else {}
-    if (reduction := options.get("reduction", getattr(criterion, "reduction", "mean"))) != "mean":
-        raise ValueError(f"the criterion's reduction is {reduction!r}; it must be the 'mean' over a batch")
+    if options.get("reduction", getattr(criterion, "reduction", "mean")) == "sum":
+        raise ValueError("the criterion's reduction is 'sum'; it must be the 'mean' over a batch")
 
 
 def check_optimizer(model, optimizer, criterion):
@@ -150,22 +155,34 @@ def check_optimizer(model, optimizer, criterion):
 
 def steps_taken(scheduler):
     """How many times a scheduler was stepped; None of one that does not count."""
-    if isinstance(scheduler, optim.lr_scheduler.ChainedScheduler):  # which leaves counting to its parts
+    if isinstance(scheduler, lr_scheduler.ChainedScheduler):  # which leaves counting to its parts
         scheduler = scheduler._schedulers[0]
     return getattr(scheduler, "last_epoch", None)
 
 
 def _counts_epochs(scheduler, batches):
     """Whether a scheduler counts epochs: get_scheduler says so, or counting batches it would be through within one."""
+    of = functools.partial(isinstance, scheduler)
     if hasattr(scheduler, "steps_per_epoch"):
         return scheduler.steps_per_epoch == 1 and batches != 1
-    if isinstance(scheduler, optim.lr_scheduler.CosineAnnealingLR):
-        return scheduler.T_max < batches
-    if isinstance(scheduler, optim.lr_scheduler.MultiStepLR):
+    if of(lr_scheduler.SequentialLR):
+        starts = [0, *scheduler._milestones, batches]
+        return any(
+            _counts_epochs(part, min(end, batches) - start)
+            for part, start, end in zip(scheduler._schedulers, starts, starts[1:])
+        )
+    if of(lr_scheduler.ChainedScheduler):
+        return any(_counts_epochs(part, batches) for part in scheduler._schedulers)
+    for name in ("T_max", "T_0", "total_iters"):  # of CosineAnnealingLR, CosineAnnealingWarmRestarts, PolynomialLR
+        if hasattr(scheduler, name) and not of((lr_scheduler.ConstantLR, lr_scheduler.LinearLR)):  # for a warm-up
+            return getattr(scheduler, name) < batches
+    if of(lr_scheduler.MultiStepLR):
         return max(scheduler.milestones, default=batches) < batches
-    if isinstance(scheduler, (optim.lr_scheduler.StepLR, optim.lr_scheduler.ExponentialLR)):
+    if of((lr_scheduler.StepLR, lr_scheduler.ExponentialLR)):
         return scheduler.gamma ** (batches // getattr(scheduler, "step_size", 1)) < 0.01
-    return isinstance(scheduler, optim.lr_scheduler.ReduceLROnPlateau)
+    if of(lr_scheduler.LambdaLR):
+        return all(factor(batches // 2) < 0.01 * factor(0) for factor in scheduler.lr_lambdas)
+    return of(lr_scheduler.ReduceLROnPlateau)
 
 
 def check_scheduler(scheduler, optimizer, loader):
@@ -181,13 +198,13 @@ def check_scheduler(scheduler, optimizer, loader):
         return
     if getattr(scheduler, "optimizer", optimizer).param_groups is not optimizer.param_groups:
         raise ValueError("the scheduler is of another optimizer, whose learning rate it would set; make it again")
-    parts = [scheduler, *getattr(scheduler, "_schedulers", [])]  # of a SequentialLR, say
-    if any(_counts_epochs(part, batches) for part in parts):
+    if _counts_epochs(scheduler, batches):
         raise ValueError(
             f"train steps its scheduler after every batch, and this {type(scheduler).__name__} counts epochs. Call "
             "train without it and step it after each epoch, or make it with "
             "get_scheduler(..., steps_per_epoch=len(train_loader))"
         )
+    parts = [scheduler, *getattr(scheduler, "_schedulers", [])]  # of a SequentialLR, say
     made_for = {part.steps_per_epoch for part in parts if hasattr(part, "steps_per_epoch")}
     if batches and made_for - {batches}:
         raise ValueError(
@@ -201,7 +218,7 @@ def check_scheduler(scheduler, optimizer, loader):
             f"the scheduler has {left} steps left and the epoch takes {batches}; it was made for fewer epochs, or for "
             "epochs instead of batches: get_scheduler(..., epochs=EPOCHS, steps_per_epoch=len(train_loader))"
         )
-    if steps != getattr(scheduler, "stepped_to", steps):
+    if steps is not None and steps > getattr(scheduler, "stepped_to", steps):
         raise ValueError(
             "train steps this scheduler after every batch, and it was stepped once more since the last epoch; take "
             "scheduler.step() out of the loop, or do not give the scheduler to train"
@@ -259,9 +276,8 @@ def check_scores(scores, labels, criterion, loss):
     takes_logs, takes_scores = known
     if not (takes_logs or takes_scores):
         return
-    # Half precision leaves sums of probabilities a few hundredths off.
-    probabilities = bool((scores >= 0).all() & ((scores.sum(dim=1) - 1).abs() < 0.05).all())
-    if (probabilities and scores.shape[1] > 1) or twice:
+    probabilities = are_probabilities(scores)
+    if probabilities or twice:
         wrong = "takes the softmax twice" if twice and not probabilities else "returns probabilities"
         raise ValueError(
             f"the model {wrong}, and both losses take the logarithm of a softmax. Let it return scores instead, "
@@ -272,6 +288,12 @@ def check_scores(scores, labels, criterion, loss):
             "the model returns scores that are not log-probabilities, and the loss is the negative log-likelihood; "
             'train with get_loss("cross_entropy"), or end the model in log_softmax'
         )
+
+
+def are_probabilities(scores):
+    """Whether scores (N, classes) come out of a softmax already."""
+    # Half precision leaves their sums a few hundredths off.
+    return scores.shape[1] > 1 and bool((scores >= 0).all() & ((scores.sum(dim=1) - 1).abs() < 0.05).all())
 
 
 def _softmax_under_log_softmax(node):

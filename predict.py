@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from epoch import are_probabilities
 from image_sets import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, to_rgb
 from layers import evaluation_mode
 from parallel import unwrap
@@ -99,6 +100,8 @@ def predict(model, images, classes=CIFAR10_CLASSES):
         scores = torch.cat([model(batch.to(parameter)).float() for batch in images.split(256)])  # memory for 256
     if not scores.softmax(dim=1).isfinite().all():
         raise ValueError("the model's scores are not finite; load weights that are")
+    if are_probabilities(scores):
+        raise ValueError("the model returns probabilities; give predict one that returns scores, without any softmax")
     if scores.shape[1] != len(classes):
         raise ValueError(f"the model has {scores.shape[1]} outputs and {len(classes)} class names were given")
     return [

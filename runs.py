@@ -24,6 +24,7 @@ import random
 import re
 import sys
 import time
+import warnings
 import weakref
 import zipfile
 from datetime import UTC, datetime
@@ -34,6 +35,7 @@ import filelock
 import numpy as np
 import torch
 
+from epoch import check_lists
 from output import in_notebook, write_atomically
 from parallel import gather, rank, unwrap, world_size
 
@@ -51,7 +53,7 @@ def seed_everything(seed):
         seed: a whole number from 0 to 2**32 - 1.
     """
     np.random.seed(seed)  # first, as the strictest
-    random.seed(seed)
+    random.seed(int(seed))  # which takes no whole number of NumPy
     torch.manual_seed(seed)
 
 
@@ -166,9 +168,11 @@ class Run:
         Raises:
             ValueError: the checkpoint is damaged, or of another network, optimizer or scheduler, or of other
                 hyperparameters; nothing is changed.
-            TypeError: hyperparameters that no checkpoint can hold.
+            TypeError: hyperparameters, or the state of a scheduler, that no checkpoint can hold.
         """
         _check_hyperparameters(hyperparameters)
+        if scheduler is None and "initial_lr" in optimizer.param_groups[0]:  # which schedulers leave there
+            warnings.warn("the optimizer has a scheduler; give it to resume too, or it will start anew", stacklevel=2)
         self.hyperparameters = dict(hyperparameters)
         self._model, self._optimizer, self._scheduler = unwrap(model), optimizer, scheduler
         self.history = None  # so that save refuses, should this turn out to be another run
@@ -200,13 +204,17 @@ class Run:
             self.history, self._best = [], None
             self._start_epoch()
             self._write(self._checkpoint())
+            self._check_that_it_can_be_read()
         return tuple([row[column] for row in self.history] for column in COLUMNS)
 
     def save(self, train_losses, train_acc, test_losses, test_acc):
         """Record the epoch that has just ended, the last entry of each list, and everything needed to go on from it.
 
+        A scheduler that counts epochs is stepped before.
+
         Raises:
-            ValueError: the lists are not one epoch longer than at the last save, or end in what is no finite number.
+            ValueError: the lists are not one epoch longer than at the last save, in another order, or end in what is no
+                finite number.
             RuntimeError: before `resume`.
             OSError: it could not be written; the last checkpoint is intact.
         """
@@ -218,6 +226,7 @@ class Run:
                 f"save got lists of {', '.join(str(len(values)) for values in lists)} epochs and {len(self.history)} "
                 "are saved; it takes each list of resume with one entry appended"
             )
+        check_lists([train_losses, test_losses], [train_acc, test_acc])
         row = {"epoch": len(self.history) + 1, "lr": self._lr}
         row |= {column: float(values[-1]) for column, values in zip(COLUMNS, lists)}
         if not all(map(math.isfinite, row.values())):
@@ -258,6 +267,16 @@ class Run:
                 "copy, or delete it to start afresh"
             )
         return checkpoint
+
+    def _check_that_it_can_be_read(self):
+        """Of a new run; a scheduler that somebody has written may hold anything."""
+        try:
+            self._read_checkpoint()
+        except ValueError:
+            raise TypeError(
+                f"{self} could not be resumed, as the state_dict of its model, optimizer or scheduler holds more than "
+                "tensors, numbers, strings, lists and dicts of Python; let it hold these only"
+            ) from None
 
     def _restore(self, checkpoint):
         self._model.load_state_dict(checkpoint["model"])

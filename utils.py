@@ -104,8 +104,8 @@ def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", ro
     cuda = torch.cuda.is_available()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # Where workers are not forked, starting them takes seconds, and this process makes 90,000 images a second alone.
-    forked = hasattr(os, "fork") and torch.multiprocessing.get_start_method() == "fork"
-    options["num_workers"] = min(options.get("num_workers", 4 if cuda and forked else 0), cores)
+    starts = torch.multiprocessing.get_start_method(allow_none=True) or torch.multiprocessing.get_all_start_methods()[0]
+    options["num_workers"] = min(options.get("num_workers", 4 if cuda and starts == "fork" else 0), cores)
     options["pin_memory"] = bool(options.get("pin_memory", cuda)) and cuda  # without a GPU it only warns
     options.pop("persistent_workers", None)
     if options.get("batch_size", 1) is not None:
@@ -152,8 +152,8 @@ def GetCorrectPredCount(pPrediction, pLabels):
     Raises:
         ValueError: not one prediction for each label, which torch would stretch to fit.
     """
-    if pPrediction.ndim == 2 and pPrediction.shape[1] == 1 and not pPrediction.is_floating_point():
-        pPrediction = pPrediction[:, 0]  # of argmax(dim=1, keepdim=True)
+    if pPrediction.ndim == 2 and pPrediction.shape[1] == 1:
+        pPrediction = pPrediction[:, 0]  # of argmax(dim=1, keepdim=True), or one output, rounded
     indices = pPrediction.argmax(dim=1) if pPrediction.ndim == 2 else pPrediction
     if pLabels.ndim != 1 or indices.shape != pLabels.shape:
         raise ValueError(
@@ -171,7 +171,8 @@ def _made_fast(model, device):
     cudnn = torch.backends.cudnn
     benchmark, layout = cudnn.benchmark, memory_format(unwrap(model), device)
     # Nearly all batches have one shape, so that finding its fastest kernels pays.
-    cudnn.benchmark = benchmark or (device.type == "cuda" and not cudnn.deterministic)
+    deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    cudnn.benchmark = benchmark or (device.type == "cuda" and not deterministic)
     try:
         with faster_layers(model, device):
             yield layout
@@ -247,6 +248,7 @@ def train(
             if not tally.sizes:
                 epoch.check_scores(scores, labels, criterion, loss)
             scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)  # which a fused one would do inside step, behind the hooks that clip gradients
             scaler.step(optimizer)
             scaler.update()
             if scheduler is not None:
@@ -366,7 +368,9 @@ def post_accuracyplots(train_losses, test_losses, train_acc, test_acc, title="",
     Raises:
         ValueError: lists of different lengths, or in another order.
     """
-    lists = train_losses, test_losses, train_acc, test_acc
+    lists = train_losses, test_losses, train_acc, test_acc = [
+        list(values) for values in (train_losses, test_losses, train_acc, test_acc)
+    ]
     if len({len(values) for values in lists}) > 1 or not test_acc:
         raise ValueError(
             f"post_accuracyplots got lists of {', '.join(str(len(values)) for values in lists)} epochs; they must be "
@@ -477,7 +481,7 @@ def post_confusion_matrix(misclassified, test_loader, label_map, title="", path=
         ValueError: a label_map that does not name all classes; a list of other samples than the loader gives.
     """
     tested = getattr(misclassified, "tested", None)
-    if tested is None:
+    if tested is None or misclassified.found != len(misclassified):
         tested, again = (np.bincount(torch.cat([labels.cpu() for _, labels in test_loader])) for _ in range(2))
         if not np.array_equal(tested, again):
             raise ValueError(

@@ -173,8 +173,9 @@ def test_an_epoch_can_be_started_again_after_the_stop_button():
 def test_other_dataloader_arguments():
     assert len(get(drop_last=True)) == 22
     batches = [[3, 1, 2], [7]]
-    loader = get("test", batch_size=1, batch_sampler=batches)
-    assert [labels.tolist() for _, labels in loader] == [loader.dataset.labels[batch].tolist() for batch in batches]
+    for form in (list, torch.tensor, np.array):
+        loader = get("test", batch_size=1, batch_sampler=[form(batch) for batch in batches])
+        assert [labels.tolist() for _, labels in loader] == [loader.dataset.labels[batch].tolist() for batch in batches]
     shapes = next(iter(get(collate_fn=lambda samples: [(tuple(image.shape), type(label)) for image, label in samples])))
     assert shapes == [((3, 32, 32), int)] * 64
     assert next(iter(get(batch_size=None)))[0].shape == (3, 32, 32)
@@ -185,7 +186,8 @@ def test_a_single_sample_and_a_subset_of_the_data_set():
     image, label = data[5]
     assert image.shape == (3, 32, 32) and label == data.labels[5] and isinstance(label, int)
     assert not all(torch.equal(image, data[5][0]) for _ in range(60))  # a new draw each time
-    images, labels = next(iter(DataLoader(Subset(data, [4, 2]), batch_size=2)))  # with torch's default collate_fn
+    for indices in ([4, 2], torch.tensor([4, 2])):
+        images, labels = next(iter(DataLoader(Subset(data, indices), batch_size=2)))  # with torch's default collate_fn
     assert images.shape == (2, 3, 32, 32) and labels.tolist() == data.labels[[4, 2]].tolist()
 
 

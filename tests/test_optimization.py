@@ -129,11 +129,11 @@ def test_a_scheduler_given_to_train_is_stepped_after_every_batch(batches):
     np.testing.assert_allclose(seen, 0.1 * 0.5 ** np.arange(12))
 
 
-def sequential(optimizer, steps):
-    """Warm-up and decline, of so many steps per epoch."""
-    names = ("LinearLR", "CosineAnnealingLR")
-    parts = [utils.get_scheduler(optimizer, name, epochs=1, steps_per_epoch=steps) for name in names]
-    return lr_scheduler.SequentialLR(optimizer, parts, [steps])
+def in_turn(optimizer, steps, decline):
+    """So many steps of warm-up, then the decline."""
+    return lr_scheduler.SequentialLR(
+        optimizer, [lr_scheduler.LinearLR(optimizer, 0.1, total_iters=steps), decline], [steps]
+    )
 
 
 COUNTS_EPOCHS = "after every batch, and this .* counts epochs"
@@ -144,6 +144,10 @@ WRONG = {
     "torch's ExponentialLR": (lambda o: lr_scheduler.ExponentialLR(o, 0.1), COUNTS_EPOCHS),
     "torch's CosineAnnealingLR": (lambda o: lr_scheduler.CosineAnnealingLR(o, 5), COUNTS_EPOCHS),
     "torch's MultiStepLR": (lambda o: lr_scheduler.MultiStepLR(o, [2, 4]), COUNTS_EPOCHS),
+    "torch's PolynomialLR": (lambda o: lr_scheduler.PolynomialLR(o, 5), COUNTS_EPOCHS),
+    "torch's warm restarts": (lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 5), COUNTS_EPOCHS),
+    "torch's LambdaLR": (lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.1**step), COUNTS_EPOCHS),
+    "torch's SequentialLR": (lambda o: in_turn(o, 2, lr_scheduler.CosineAnnealingLR(o, 3)), COUNTS_EPOCHS),
     "torch's OneCycleLR": (lambda o: lr_scheduler.OneCycleLR(o, 0.1, 5), "5 steps left and the epoch takes 6"),
     "another loader's": (lambda o: utils.get_scheduler(o, steps_per_epoch=7), "7 batches per epoch.* loader has 6"),
     "another optimizer's": (lambda o: lr_scheduler.StepLR(utils.get_optimizer(network()), 6), "of another optimizer"),
@@ -162,7 +166,9 @@ def test_train_refuses_a_scheduler_that_is_not_of_its_batches(batches, case):
 
 
 RIGHT = {
-    "a sequence": lambda o: sequential(o, 6),
+    "a sequence": lambda o: in_turn(o, 6, utils.get_scheduler(o, "CosineAnnealingLR", epochs=1, steps_per_epoch=6)),
+    "torch's SequentialLR": lambda o: in_turn(o, 2, lr_scheduler.CosineAnnealingLR(o, 16)),
+    "torch's LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: max(0, 1 - step / 18)),
     "OneCycleLR of total_steps": lambda o: utils.get_scheduler(o, "OneCycleLR", total_steps=24),
     "torch's StepLR": lambda o: lr_scheduler.StepLR(o, 2, 0.9),
     "torch's CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 18),
@@ -183,6 +189,17 @@ def test_train_refuses_a_scheduler_that_somebody_else_steps_as_well(batches, mak
     scheduler.step()
     with pytest.raises(ValueError, match=r"stepped once more since the last epoch; take scheduler\.step\(\) out"):
         train(model, batches, optimizer, scheduler=scheduler)
+
+
+def test_a_scheduler_may_be_put_back_to_its_start(batches):
+    model = network()
+    optimizer = utils.get_optimizer(model)
+    scheduler = utils.get_scheduler(optimizer, "OneCycleLR", epochs=1, steps_per_epoch=6)
+    before = copy.deepcopy([part.state_dict() for part in (optimizer, scheduler)])
+    for _ in range(2):
+        train(model, batches, optimizer, scheduler=scheduler)
+        for part, state in zip((optimizer, scheduler), copy.deepcopy(before)):
+            part.load_state_dict(state)
 
 
 def test_train_asks_for_a_scheduler_that_counts_its_batches(batches):
@@ -260,6 +277,18 @@ def test_a_fused_optimizer_survives_an_overflow_in_its_first_step(batches, monke
     (images, labels), *others = batches
     train(model, [(images * 1000, labels), *others], utils.get_optimizer(model, lr=0.1, fused=True))
     assert model[1].weight.abs().max() < 100
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_hook_before_the_step_sees_the_true_gradients(batches, fused, monkeypatch):
+    """Not those of float16, scaled up: it may clip them."""
+    monkeypatch.setattr(utils, "autocast_dtype", lambda device: torch.float16)
+    model, norms = network(), []
+    optimizer = utils.get_optimizer(model, fused=fused)
+    optimizer.register_step_pre_hook(lambda *_: norms.append(nn.utils.get_total_norm([model[1].weight.grad]).item()))
+    expected = torch.autograd.grad(utils.get_loss()(model(batches[0][0]), batches[0][1]), model[1].weight)[0].norm()
+    train(model, batches[:1], optimizer)
+    assert norms == [pytest.approx(expected.item(), rel=0.01)]
 
 
 def test_a_fused_optimizer_goes_on_as_a_plain_one_does(batches, monkeypatch):

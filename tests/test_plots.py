@@ -147,7 +147,7 @@ def test_augmentations_are_an_image_and_15_draws_of_it(world):
 @pytest.mark.parametrize("epochs", [1, 4, 80])
 def test_accuracy_curves_and_the_best_test_epoch(epochs):
     history = [(values * 20)[:epochs] for values in HISTORY]
-    figure = utils.post_accuracyplots(*history, title="a run")
+    figure = utils.post_accuracyplots(*map(np.array, history), title="a run")
     assert figure.get_suptitle() == "a run"
     axes = {axis.get_title(): axis for axis in figure.axes}
     expected = dict(zip(("Training loss", "Test loss", "Training accuracy", "Test accuracy"), history))
@@ -328,6 +328,15 @@ def test_confusion_matrix_of_any_loader_that_was_tested(kwargs, repeats, world):
     else:
         with pytest.raises(ValueError, match="other samples each time"):
             utils.post_confusion_matrix([*misclassified], test_loader, LABEL_MAP)
+
+
+def test_confusion_matrix_of_two_tests(world):
+    """As of the parts of a cross-validation."""
+    parts = [list(world.test_loader)[:6], list(world.test_loader)[6:]]
+    first, second = (utils.test(world.model, "cpu", part, nn.CrossEntropyLoss(), verbose=False) for part in parts)
+    first += second
+    figure = utils.post_confusion_matrix(first, world.test_loader, LABEL_MAP)
+    assert np.array_equal(counts(figure), confusion_matrix(world.true, world.predicted))
 
 
 def test_confusion_matrix_of_another_loader_is_refused(world):

@@ -173,6 +173,11 @@ def test_weights_that_are_not_finite():
         predict(model, RGB, COLOURS)
 
 
+def test_probabilities_are_not_taken_for_scores():
+    with pytest.raises(ValueError, match="returns probabilities; give predict one that returns scores"):
+        predict(nn.Sequential(MeanColour(), nn.Softmax(1)), RGB, COLOURS)
+
+
 # --- Names of classes -------------------------------------------------------------------------------------------------
 
 NUMBERS = "zero one two three four five six seven eight nine ten".split()  # whose alphabetical order is another

@@ -80,7 +80,7 @@ def test_a_seed_fixes_all_generators_and_what_is_no_seed_changes_none():
 
     first, other = (runs.seed_everything(seed) or drawn() for seed in (4, 5))
     assert not set(first) & set(other)
-    runs.seed_everything(4)
+    runs.seed_everything(np.int64(4))
     for wrong in (-1, 2**32, 0.5, "4"):
         with pytest.raises((ValueError, TypeError)):
             runs.seed_everything(wrong)
@@ -266,6 +266,11 @@ def test_a_folder_in_which_no_run_can_be_kept_is_refused(tmp_path):
         Run("small", root=tmp_path)
 
 
+def test_lists_in_another_order_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="in each other's place"):
+        start(tmp_path)[0].save([1.5], [1.6], [40.0], [38.0])
+
+
 def test_lists_that_do_not_follow_the_last_save_are_refused(tmp_path):
     run, model, good = start(tmp_path)
     save(run, model, good, 10.0)
@@ -273,12 +278,27 @@ def test_lists_that_do_not_follow_the_last_save_are_refused(tmp_path):
     for lists, message in (
         ([[1.0]] * 4, "lists of 1, 1, 1, 1 epochs and 1 are saved"),
         ([two, two, [1.0], two], "2, 2, 1, 2"),
-        ([two, two, two, [1.0, float("nan")]], "'test_acc': nan.*finite"),
+        ([two, [*two], two, [1.0, float("nan")]], "'test_acc': nan.*finite"),
     ):
         with pytest.raises(ValueError, match=message):
             run.save(*lists)
     assert files(run.folder) == before
     save(run, model, good, 20.0)  # and the right ones are still taken
+
+
+def test_a_run_that_could_not_be_resumed_is_refused_before_it_trains(tmp_path):
+    model = nn.Linear(1, 1)
+    scheduler = steps(sgd(model))
+    scheduler.rates = np.linspace(0.1, 0.001, 9)
+    with pytest.raises(TypeError, match="could not be resumed, as the state_dict of its model, optimizer or scheduler"):
+        Run("small", root=tmp_path).resume({}, model, sgd(model), scheduler)
+
+
+def test_a_scheduler_that_resume_is_not_given_is_missed(tmp_path):
+    model = nn.Linear(1, 1)
+    steps(optimizer := sgd(model))
+    with pytest.warns(UserWarning, match="the optimizer has a scheduler; give it to resume too"):
+        Run("small", root=tmp_path).resume({}, model, optimizer)
 
 
 @pytest.mark.parametrize("value", [np.float64(0.2), float("nan"), [1, 2]])

@@ -120,6 +120,7 @@ def test_a_line_each_and_lists_that_are_never_shared(batches, capsys):
 def test_correct_predictions_are_counted():
     for predicted in (torch.tensor([2, 1, 1]), torch.tensor([[2], [1], [1]]), torch.eye(3)[[2, 1, 1]]):
         assert utils.GetCorrectPredCount(predicted, torch.tensor([2, 0, 1])) == 2
+    assert utils.GetCorrectPredCount(torch.tensor([[0.9], [0.2]]).round(), torch.tensor([1, 0])) == 2
 
 
 @pytest.mark.parametrize("predictions, labels", [((3, 10), (4,)), ((10,), ()), ((4,), (4, 1))])
@@ -291,6 +292,14 @@ def test_losses_of_another_kind_take_any_scores(batches):
     for criterion in (nn.MultiMarginLoss(), lambda scores, labels: F.mse_loss(scores, F.one_hot(labels, 4).float())):
         for layers, _ in ENDS.values():
             train(linear(*layers), batches, criterion)
+
+
+def test_a_loss_may_take_its_mean_itself(batches):
+    class Hardest(nn.CrossEntropyLoss):
+        def forward(self, scores, labels):
+            return super().forward(scores, labels).topk(2).values.mean()
+
+    train(linear(), batches, Hardest(reduction="none"))
 
 
 NOT_THE_MEAN = r"criterion.*must be .*mean"
