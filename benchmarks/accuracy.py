@@ -170,7 +170,7 @@ def plot(groups, path):
     ends = [result["test_accuracy_percent"] for result in every]
     axis.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(min(60, min(ends) - 5), max(ends) + 2))
     names = ", ".join(sorted({result["data"] for result in every}))
-    axis.set_title(f"Test accuracy on the {names}, mean and range over the seeds")
+    axis.set_title(f"Test accuracy on {names}, mean and range over the seeds")
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right")
     save_figure(figure, path)
