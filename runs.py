@@ -273,6 +273,7 @@ class Run:
         try:
             self._read_checkpoint()
         except ValueError:
+            (self / "checkpoint.pt").unlink(missing_ok=True)  # or it would stand in the way of the next start
             raise TypeError(
                 f"{self} could not be resumed, as the state_dict of its model, optimizer or scheduler holds more than "
                 "tensors, numbers, strings, lists and dicts of Python; let it hold these only"

@@ -292,6 +292,8 @@ def test_a_run_that_could_not_be_resumed_is_refused_before_it_trains(tmp_path):
     scheduler.rates = np.linspace(0.1, 0.001, 9)
     with pytest.raises(TypeError, match="could not be resumed, as the state_dict of its model, optimizer or scheduler"):
         Run("small", root=tmp_path).resume({}, model, sgd(model), scheduler)
+    del scheduler.rates
+    Run("small", root=tmp_path).resume({}, model, sgd(model), scheduler)
 
 
 def test_a_scheduler_that_resume_is_not_given_is_missed(tmp_path):
