@@ -61,9 +61,54 @@ def _name_may_come_first(function):
 FUSED = (optim.SGD, optim.Adam, optim.AdamW)
 
 
+class MuonSGD(optim.Optimizer):
+    """SGD with Nesterov's momentum, and Muon for the groups that are `orthogonal` (Jordan et al., "Muon", 2024).
+
+    Muon takes a kernel (out, in, k, k) for a matrix of `out` rows, and its step in the nearest direction whose singular
+    values are all about 1. Each kernel is scaled to rows of mean square 1 before, so it is for kernels whose scale does
+    not matter, because the output is normalised.
+    """
+
+    def __init__(self, params, lr=0.01, momentum=0.9, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "orthogonal": False})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                gradient = parameter.grad.add(parameter, alpha=group["weight_decay"])
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
+                step = gradient.add(momentum, alpha=group["momentum"])
+                if group["orthogonal"]:
+                    step = orthogonalized(step.flatten(1)).reshape(step.shape)
+                    parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
+                parameter.sub_(step, alpha=group["lr"])
+        return loss
+
+
+def orthogonalized(matrix):
+    """The matrix with singular values between about 0.7 and 1.2 instead of its own, by five Newton-Schulz steps."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's: steep at zero, which matters more than an end at exactly 1
+    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = wide / (wide.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if wide is not matrix else x
+
+
 @_also_named(optname="name", learningrate="lr", momentumval="momentum")
 def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, decay="all", **options):
-    """Any optimizer of `torch.optim` by name, for all parameters of the model.
+    """Any optimizer of `torch.optim`, or `MuonSGD`, by name, for all parameters of the model.
 
     Args:
         name: without regard to case.
@@ -71,14 +116,15 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
         weight_decay: by default the optimizer's own.
         decay: which parameters the weight decay applies to, "all", or "weights": those of convolutions and linear
             layers, but neither biases nor the scales and shifts of normalisation.
-        options: go to the optimizer.
+        options: go to the optimizer. MuonSGD has one more, kernel_lr: the learning rate of Muon, for the kernels of
+            convolutions that are neither depthwise nor have a bias, as before a normalisation.
 
     Raises:
         ValueError: unknown name, or another value of decay.
     """
     if decay not in ("all", "weights"):
         raise ValueError(f"decay is {decay!r}; weight decay applies to 'all' parameters or to 'weights'")
-    kind = _named(name, "optimizer", _classes(optim, optim.Optimizer))
+    kind = _named(name, "optimizer", _classes(optim, optim.Optimizer) | {"MuonSGD": MuonSGD})
     if "momentum" in inspect.signature(kind).parameters:
         options["momentum"] = momentum
     if weight_decay is not None:
@@ -86,13 +132,19 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
     parameters = list(model.parameters())
     if kind in FUSED and all(p.is_cuda for p in parameters) and {"foreach", "differentiable"}.isdisjoint(options):
         options.setdefault("fused", True)
-    groups = [{"params": parameters}]
+    of_muon = []
+    if kind is MuonSGD:
+        convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d) and module.bias is None]
+        of_muon = [module.weight for module in convolutions if module.weight.shape[1] > 1]
+        muon = {"params": of_muon, "lr": options.pop("kernel_lr"), "weight_decay": 0.0, "orthogonal": True}
+    rest = [parameter for parameter in parameters if all(parameter is not kernel for kernel in of_muon)]
+    groups = [{"params": rest}]
     if decay == "weights":
         groups = [
-            {"params": [parameter for parameter in parameters if parameter.dim() > 1]},
-            {"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0},
+            {"params": [parameter for parameter in rest if parameter.dim() > 1]},
+            {"params": [parameter for parameter in rest if parameter.dim() <= 1], "weight_decay": 0.0},
         ]
-    optimizer = kind(groups, lr=lr, **options)
+    optimizer = kind(groups + [muon] * bool(of_muon), lr=lr, **options)
     optimizer.made_for = weakref.ref(model)  # what it lacks of this model was added later: epoch.check_optimizer
     return optimizer
 

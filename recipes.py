@@ -34,7 +34,15 @@ RESNET = TUNED | {
     "epochs": 8,
     "batch_size": 128,
     "transforms": {"flip": 0.5, "shift_scale_rotate": 0.1, "cutout": 0.1, "crop_padding": 4},
-    "optimizer": TUNED["optimizer"] | {"lr": 0.15},
+    # Muon for the kernels of convolutions, at its own learning rate.
+    "optimizer": {
+        "name": "MuonSGD",
+        "lr": 0.3,
+        "kernel_lr": 0.02,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "decay": "weights",
+    },
 }
 RECIPES = {
     # The original course run.
@@ -52,7 +60,7 @@ RECIPES = {
     # With shift_scale_rotate it was not tried at this length.
     "short": TUNED | {"epochs": 16, "transforms": TUNED["transforms"] | {"shift_scale_rotate": 0.0}},
     # The second network; the longer it trains, the more augmentation it takes.
-    "resnet": RESNET | {"epochs": 64, "transforms": RESNET["transforms"] | {"shift_scale_rotate": 0.3, "cutout": 0.3}},
+    "resnet": RESNET | {"epochs": 48, "transforms": RESNET["transforms"] | {"shift_scale_rotate": 0.3, "cutout": 0.3}},
     "resnet-quick": RESNET,
 }
 

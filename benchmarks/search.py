@@ -54,10 +54,10 @@ class Candidate(nn.Module):
         def residuals(block):
             width, count = settings[f"C{block} width"], settings[f"C{block} residuals"]
             if block > 2:
-                return [Residual(separable(width), separable(width, relu=False)) for _ in range(count)]
+                return [Residual(separable(width), separable(width, activation=nn.Identity)) for _ in range(count)]
             dilations = [2 if block == 1 or settings["C1 residuals"] == 0 else 1] + [1] * count
             return [
-                Residual(layer(width, width, dilation=dilation), layer(width, width, relu=False))
+                Residual(layer(width, width, dilation=dilation), layer(width, width, activation=nn.Identity))
                 for dilation in dilations[:count]
             ]
 
@@ -67,7 +67,7 @@ class Candidate(nn.Module):
         self.C1 = nn.Sequential(layer(3, widths[0]), *residuals(1), strided(1, 1))
         self.C2 = nn.Sequential(*residuals(2), strided(2, settings["groups"]))
         self.C3 = nn.Sequential(*residuals(3), strided(3, settings["groups"]))
-        self.C4 = nn.Sequential(*[Residual(separable(widths[3], relu=False)) for _ in range(settings["C4 residuals"])])
+        self.C4 = nn.Sequential(*[Residual(separable(widths[3], activation=nn.Identity)) for _ in range(settings["C4 residuals"])])
         self.classifier = nn.Linear(widths[3], 10)
 
     def forward(self, x):
