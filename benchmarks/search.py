@@ -67,7 +67,8 @@ class Candidate(nn.Module):
         self.C1 = nn.Sequential(layer(3, widths[0]), *residuals(1), strided(1, 1))
         self.C2 = nn.Sequential(*residuals(2), strided(2, settings["groups"]))
         self.C3 = nn.Sequential(*residuals(3), strided(3, settings["groups"]))
-        self.C4 = nn.Sequential(*[Residual(separable(widths[3], activation=nn.Identity)) for _ in range(settings["C4 residuals"])])
+        last = [Residual(separable(widths[3], activation=nn.Identity)) for _ in range(settings["C4 residuals"])]
+        self.C4 = nn.Sequential(*last)
         self.classifier = nn.Linear(widths[3], 10)
 
     def forward(self, x):
