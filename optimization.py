@@ -64,9 +64,9 @@ FUSED = (optim.SGD, optim.Adam, optim.AdamW)
 class MuonSGD(optim.Optimizer):
     """SGD with Nesterov's momentum, and Muon for the groups that are `orthogonal` (Jordan et al., "Muon", 2024).
 
-    Muon takes a kernel (out, in, k, k) for a matrix of `out` rows, and its step in the nearest direction whose singular
-    values are all about 1. Each kernel is scaled to rows of mean square 1 before, so it is for kernels whose scale does
-    not matter, because the output is normalised.
+    Muon takes a kernel (out, in, k, k) for a matrix of `out` rows and makes its step orthogonal: all directions change
+    alike, not mostly those of large gradients. Before each step the kernel is scaled to rows of length 1 in the root
+    mean square, so it is for kernels whose scale does not matter because their output is normalised.
     """
 
     def __init__(self, params, lr=0.01, momentum=0.9, weight_decay=0.0):
@@ -96,8 +96,8 @@ class MuonSGD(optim.Optimizer):
 
 
 def orthogonalized(matrix):
-    """The matrix with singular values between about 0.7 and 1.2 instead of its own, by five Newton-Schulz steps."""
-    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's: steep at zero, which matters more than an end at exactly 1
+    """The matrix with its singular values, but for tiny ones, moved to 0.7 to 1.2: five Newton-Schulz steps."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's: steep at zero, which matters more than to end at exactly 1
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = wide / (wide.norm() + 1e-7)
     for _ in range(5):
@@ -116,8 +116,8 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
         weight_decay: by default the optimizer's own.
         decay: which parameters the weight decay applies to, "all", or "weights": those of convolutions and linear
             layers, but neither biases nor the scales and shifts of normalisation.
-        options: go to the optimizer. MuonSGD has one more, kernel_lr: the learning rate of Muon, for the kernels of
-            convolutions that are neither depthwise nor have a bias, as before a normalisation.
+        options: go to the optimizer. For MuonSGD there is one more, kernel_lr=0.02: the learning rate of Muon, which
+            trains the convolutions without bias, as before a normalisation, unless they are depthwise.
 
     Raises:
         ValueError: unknown name, or another value of decay.
@@ -132,19 +132,21 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
     parameters = list(model.parameters())
     if kind in FUSED and all(p.is_cuda for p in parameters) and {"foreach", "differentiable"}.isdisjoint(options):
         options.setdefault("fused", True)
-    of_muon = []
+    kernels = []
     if kind is MuonSGD:
-        convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d) and module.bias is None]
-        of_muon = [module.weight for module in convolutions if module.weight.shape[1] > 1]
-        muon = {"params": of_muon, "lr": options.pop("kernel_lr"), "weight_decay": 0.0, "orthogonal": True}
-    rest = [parameter for parameter in parameters if all(parameter is not kernel for kernel in of_muon)]
+        kernel_lr = options.pop("kernel_lr", 0.02)
+        convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+        kernels = [conv.weight for conv in convolutions if conv.bias is None and conv.weight.shape[1] > 1]
+    rest = [parameter for parameter in parameters if all(parameter is not kernel for kernel in kernels)]
     groups = [{"params": rest}]
     if decay == "weights":
         groups = [
             {"params": [parameter for parameter in rest if parameter.dim() > 1]},
             {"params": [parameter for parameter in rest if parameter.dim() <= 1], "weight_decay": 0.0},
         ]
-    optimizer = kind(groups + [muon] * bool(of_muon), lr=lr, **options)
+    if kernels:
+        groups.append({"params": kernels, "lr": kernel_lr, "weight_decay": 0.0, "orthogonal": True})
+    optimizer = kind(groups, lr=lr, **options)
     optimizer.made_for = weakref.ref(model)  # what it lacks of this model was added later: epoch.check_optimizer
     return optimizer
 

@@ -43,6 +43,33 @@ def test_optimizers_by_name():
     assert [adam.defaults[key] for key in ("lr", "weight_decay", "eps")] == [0.01, 0.1, 0.5]
 
 
+def test_muon_makes_steps_of_kernels_orthogonal_and_is_sgd_for_the_rest():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, groups=6, bias=False)
+    model = nn.Sequential(*layers, nn.Conv2d(6, 4, 4), nn.Flatten(), nn.LogSoftmax(dim=1))
+    twin = copy.deepcopy(model)
+    muon = utils.get_optimizer(model, "MuonSGD", lr=0.1, weight_decay=0.01, decay="weights", kernel_lr=0.5)
+    sgd = utils.get_optimizer(twin, "SGD", lr=0.1, weight_decay=0.01, decay="weights", nesterov=True)
+    momentum = 0
+    for _ in range(3):
+        utils.get_loss()(model(torch.randn(8, 4, 8, 8)), torch.arange(8) % 4).backward()
+        for ours, theirs in zip(model.parameters(), twin.parameters()):
+            theirs.grad = ours.grad.clone()
+        kernel = model[0].weight.detach().clone()
+        momentum = 0.9 * momentum + model[0].weight.grad
+        nesterov = (model[0].weight.grad + 0.9 * momentum).reshape(6, 36)
+        muon.load_state_dict(copy.deepcopy(muon.state_dict()))  # as a run that goes on does
+        muon.step()
+        sgd.step()
+        muon.zero_grad()
+        step = (kernel * (6 / kernel.square().sum()).sqrt() - model[0].weight.detach()).reshape(6, 36) / 0.5
+        u, _, v = torch.linalg.svd(nesterov, full_matrices=False)
+        turned = u.T @ step @ v.T  # diagonal, with singular values near 1, if only those have changed
+        assert (turned - turned.diag().diag()).abs().max() < 0.01 and 0.6 < turned.diag().min() < turned.max() < 1.3
+    for ours, theirs in list(zip(model.parameters(), twin.parameters()))[1:]:
+        torch.testing.assert_close(ours, theirs)
+
+
 WEIGHTED = {"weight": torch.tensor([1.0, 2, 3, 4]), "ignore_index": 1}
 
 
