@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import utils
+from optimization import orthogonalized
 
 
 def network():
@@ -63,11 +64,17 @@ def test_muon_makes_steps_of_kernels_orthogonal_and_is_sgd_for_the_rest():
         sgd.step()
         muon.zero_grad()
         step = (kernel * (6 / kernel.square().sum()).sqrt() - model[0].weight.detach()).reshape(6, 36) / 0.5
-        u, _, v = torch.linalg.svd(nesterov, full_matrices=False)
-        turned = u.T @ step @ v.T  # diagonal, with singular values near 1, if only those have changed
-        assert (turned - turned.diag().diag()).abs().max() < 0.01 and 0.6 < turned.diag().min() < turned.max() < 1.3
+        torch.testing.assert_close(step, orthogonalized(nesterov), rtol=1e-3, atol=1e-5)
     for ours, theirs in list(zip(model.parameters(), twin.parameters()))[1:]:
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8)])
+def test_orthogonalized_changes_singular_values_and_not_their_directions(shape):
+    u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    turned = u.T @ orthogonalized(7 * u @ torch.logspace(-1.5, 0, 8, dtype=torch.float64).diag() @ v) @ v.T
+    assert 0.6 < turned.diag().min() < turned.diag().max() < 1.3
+    assert (turned - turned.diag().diag()).abs().max() < 1e-9
 
 
 WEIGHTED = {"weight": torch.tensor([1.0, 2, 3, 4]), "ignore_index": 1}
