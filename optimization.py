@@ -90,7 +90,7 @@ class MuonSGD(optim.Optimizer):
                 step = gradient.add(momentum, alpha=group["momentum"])
                 if group["orthogonal"]:
                     step = orthogonalized(step.flatten(1)).reshape(step.shape)
-                    parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
+                    parameter.mul_(len(parameter) ** 0.5 / parameter.norm().clamp(min=1e-7))  # it may begin at zero
                 parameter.sub_(step, alpha=group["lr"])
         return loss
 

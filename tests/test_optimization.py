@@ -69,6 +69,14 @@ def test_muon_makes_steps_of_kernels_orthogonal_and_is_sgd_for_the_rest():
         torch.testing.assert_close(ours, theirs)
 
 
+def test_muon_starts_from_kernels_of_zeros():
+    conv = nn.Conv2d(3, 4, 3, bias=False)
+    nn.init.zeros_(conv.weight)
+    conv(torch.randn(2, 3, 8, 8)).square().sub(conv(torch.randn(2, 3, 8, 8))).sum().backward()
+    utils.get_optimizer(conv, "MuonSGD").step()
+    assert conv.weight.isfinite().all() and conv.weight.any()
+
+
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8)])
 def test_orthogonalized_changes_singular_values_and_not_their_directions(shape):
     u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
