@@ -16,11 +16,12 @@ TUNED = {
     "batch_size": 256,
     "dropout": 0.0,
     "transforms": {"flip": 0.5, "shift_scale_rotate": 0.5, "cutout": 0.0, "crop_padding": 4},
+    # Muon for the kernels of convolutions, at its own learning rate.
     "optimizer": {
-        "name": "SGD",
+        "name": "MuonSGD",
         "lr": 0.3,
+        "kernel_lr": 0.02,
         "momentum": 0.9,
-        "nesterov": True,
         "weight_decay": 5e-4,
         "decay": "weights",
     },
@@ -34,15 +35,6 @@ RESNET = TUNED | {
     "epochs": 8,
     "batch_size": 128,
     "transforms": {"flip": 0.5, "shift_scale_rotate": 0.1, "cutout": 0.1, "crop_padding": 4},
-    # Muon for the kernels of convolutions, at its own learning rate.
-    "optimizer": {
-        "name": "MuonSGD",
-        "lr": 0.3,
-        "kernel_lr": 0.02,
-        "momentum": 0.9,
-        "weight_decay": 5e-4,
-        "decay": "weights",
-    },
 }
 RECIPES = {
     # The original course run.

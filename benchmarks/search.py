@@ -159,11 +159,13 @@ def ablation(seeds=(1, 2)):
     path = RESULTS / "ablation.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     whole = RECIPES["resnet-quick"]
+    sgd = {name: value for name, value in whole["optimizer"].items() if name != "kernel_lr"}
+    sgd |= {"name": "SGD", "nesterov": True}
     without = {
         "as it is": {},
         "no label smoothing": {"loss": whole["loss"] | {"label_smoothing": 0.0}},
         "no weight decay": {"optimizer": whole["optimizer"] | {"weight_decay": 0.0}},
-        "SGD instead of Muon": {"optimizer": RECIPES["tuned"]["optimizer"]},
+        "SGD instead of Muon": {"optimizer": sgd},
         "no flips": {"transforms": whole["transforms"] | {"flip": 0.0}},
         "no crops": {"transforms": whole["transforms"] | {"crop_padding": 0}},
         "no shifts, scales, rotations": {"transforms": whole["transforms"] | {"shift_scale_rotate": 0.0}},
