@@ -65,8 +65,8 @@ class MuonSGD(optim.Optimizer):
     """SGD with Nesterov's momentum, and Muon for the groups that are `orthogonal` (Jordan et al., "Muon", 2024).
 
     Muon takes a kernel (out, in, k, k) for a matrix of `out` rows and makes its step orthogonal: all directions change
-    alike, not mostly those of large gradients. Before each step the kernel is scaled to rows of length 1 in the root
-    mean square, so it is for kernels whose scale does not matter because their output is normalised.
+    alike, not mostly those of large gradients. The step is relative to the norm of the kernel, which stays what it was
+    at the start: of a kernel whose output is normalised, only the direction matters.
     """
 
     def __init__(self, params, lr=0.01, momentum=0.9, weight_decay=0.0):
@@ -90,8 +90,11 @@ class MuonSGD(optim.Optimizer):
                 step = gradient.add(momentum, alpha=group["momentum"])
                 if group["orthogonal"]:
                     step = orthogonalized(step.flatten(1)).reshape(step.shape)
-                    parameter.mul_(len(parameter) ** 0.5 / parameter.norm().clamp(min=1e-7))  # it may begin at zero
-                parameter.sub_(step, alpha=group["lr"])
+                    norm = state.setdefault("norm", parameter.norm())
+                    parameter.sub_(step * (norm / len(parameter) ** 0.5), alpha=group["lr"])
+                    parameter.mul_(norm / parameter.norm())
+                else:
+                    parameter.sub_(step, alpha=group["lr"])
         return loss
 
 
@@ -106,6 +109,13 @@ def orthogonalized(matrix):
     return x.T if wide is not matrix else x
 
 
+def _muon_kernels(model):
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d) and module.bias is None]
+    dense = [conv.weight for conv in convolutions if conv.groups == 1 or conv.weight.shape[1] > 1]
+    # A weight that layers share comes more than once, and that of a parametrized layer is computed.
+    return [weight for weight in dict.fromkeys(dense) if isinstance(weight, nn.Parameter) and weight.any()]
+
+
 @_also_named(optname="name", learningrate="lr", momentumval="momentum")
 def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, decay="all", **options):
     """Any optimizer of `torch.optim`, or `MuonSGD`, by name, for all parameters of the model.
@@ -116,11 +126,12 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
         weight_decay: by default the optimizer's own.
         decay: which parameters the weight decay applies to, "all", or "weights": those of convolutions and linear
             layers, but neither biases nor the scales and shifts of normalisation.
-        options: go to the optimizer. For MuonSGD there is one more, kernel_lr=0.02: the learning rate of Muon, which
-            trains the convolutions without bias, as before a normalisation, unless they are depthwise.
+        options: go to the optimizer. For MuonSGD there is one more, kernel_lr, by default a fifteenth of lr: the
+            learning rate of Muon. It trains the kernels of convolutions without bias, as before a normalisation, unless
+            they are depthwise or all zero; they keep their norm, so that weight decay does not apply to them.
 
     Raises:
-        ValueError: unknown name, or another value of decay.
+        ValueError: unknown name, or another value of decay; MuonSGD for a network without such kernels.
     """
     if decay not in ("all", "weights"):
         raise ValueError(f"decay is {decay!r}; weight decay applies to 'all' parameters or to 'weights'")
@@ -134,9 +145,9 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
         options.setdefault("fused", True)
     kernels = []
     if kind is MuonSGD:
-        kernel_lr = options.pop("kernel_lr", 0.02)
-        convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-        kernels = [conv.weight for conv in convolutions if conv.bias is None and conv.weight.shape[1] > 1]
+        kernel_lr = options.pop("kernel_lr", lr / 15)
+        if not (kernels := _muon_kernels(model)):
+            raise ValueError("Muon trains convolutions without bias, and this network has none; take SGD instead")
     rest = [parameter for parameter in parameters if all(parameter is not kernel for kernel in kernels)]
     groups = [{"params": rest}]
     if decay == "weights":
@@ -178,12 +189,12 @@ IN_EPOCHS = {"step_size", "T_max", "T_0", "total_iters", "milestones", "step_siz
 
 @_also_named(stepsize="step_size", gamma_val="gamma")
 @_name_may_come_first
-def get_scheduler(optimizer, step_size=10, gamma=0.1, name="StepLR", epochs=None, steps_per_epoch=1, **options):
+def get_scheduler(optimizer, step_size=None, gamma=None, name="StepLR", epochs=None, steps_per_epoch=1, **options):
     """A scheduler of `torch.optim.lr_scheduler` by name; what it counts is given in epochs.
 
     Args:
-        step_size: epochs between two falls of the learning rate.
-        gamma: factor of a fall.
+        step_size: epochs between two falls of the learning rate; for StepLR by default 10.
+        gamma: factor of a fall; for StepLR by default 0.1.
         name: without regard to case; it may also come right after the optimizer. A bool in its place, the original's
             `verbose`, is passed over.
         epochs: length of the run, for the schedulers that need one.
@@ -194,8 +205,8 @@ def get_scheduler(optimizer, step_size=10, gamma=0.1, name="StepLR", epochs=None
             groups.
 
     Raises:
-        ValueError: unknown name; a run too short for OneCycleLR; a scheduler that has no length in epochs and so cannot
-            be stepped after every batch.
+        ValueError: unknown name; step_size or gamma for a scheduler that takes none; a run too short for OneCycleLR; a
+            scheduler that has no length in epochs and so cannot be stepped after every batch.
     """
     options.pop("verbose", None)  # which torch has given up
     name = "StepLR" if isinstance(name, bool) else name
@@ -206,10 +217,17 @@ def get_scheduler(optimizer, step_size=10, gamma=0.1, name="StepLR", epochs=None
             f"{kind.__name__} has no length in epochs; make torch.optim.lr_scheduler.{kind.__name__} yourself, with "
             "what it counts in batches"
         )
-    given = {"step_size": step_size, "gamma": gamma, "epochs": epochs, "steps_per_epoch": steps_per_epoch}
+    falls = {key: value for key, value in {"step_size": step_size, "gamma": gamma}.items() if value is not None}
+    for key in falls.keys() - defaults.keys():
+        raise ValueError(f"{kind.__name__} takes no {key} (given: {falls[key]!r}); give its own arguments by name")
+    if kind is optim.lr_scheduler.StepLR:
+        falls = {"step_size": 10, "gamma": 0.1} | falls
+    given = {"T_max": epochs, "epochs": epochs, "steps_per_epoch": steps_per_epoch}
     given["max_lr"] = [group["lr"] for group in optimizer.param_groups]
-    given["T_max"], given["total_iters"] = epochs, epochs or defaults.get("total_iters")
-    given = {key: value for key, value in given.items() if key in defaults and value is not None} | options
+    # Others that have total_iters are for a part of the run, such as its warm-up.
+    to_the_end = epochs if kind is optim.lr_scheduler.PolynomialLR else None
+    given["total_iters"] = to_the_end or defaults.get("total_iters")
+    given = {key: value for key, value in given.items() if key in defaults and value is not None} | falls | options
     for key in IN_EPOCHS & given.keys():
         if given[key] is not None:
             given[key] = (np.array(given[key]) * steps_per_epoch).tolist()

@@ -22,7 +22,7 @@ from epoch import are_probabilities
 from image_sets import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, to_rgb
 from layers import evaluation_mode
 from parallel import unwrap
-from runs import load_weights
+from runs import load_weights, printed
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # not all of Pillow's: some of its readers start other programs
 
@@ -153,6 +153,7 @@ def load_network(weights):
     """
     import models  # here, because whoever imports `predict` brings a model
     from pretrained import provenance
+    from recipes import build_model
 
     path = pathlib.Path(weights)
     if path.is_dir():
@@ -162,9 +163,10 @@ def load_network(weights):
         return getattr(models, trained["model"]).from_pretrained(weights), trained["classes"].split("/")
     state = load_weights(path)
     try:
-        trained = json.loads((path.parent / "run.json").read_text())["hyperparameters"]
+        run = json.loads((path.parent / "run.json").read_text())
+        trained = run["hyperparameters"]
         classes = trained["classes"].split("/")
-        model = getattr(models, trained["model"])(num_classes=len(classes))
+        model = build_model(trained, len(classes))
     except (FileNotFoundError, ValueError, KeyError, AttributeError):
         raise ValueError(
             f"{path} has no run.json beside it that says of which network and classes it is; give the last.pt or "
@@ -172,11 +174,15 @@ def load_network(weights):
         ) from None
     try:
         model.load_state_dict(state)
+        # SyncBatchNorm, of a run on several GPUs, computes the same here.
+        fits = printed(model) == run.get("network", printed(model)).replace("SyncBatchNorm", "BatchNorm2d")
     except RuntimeError:
+        fits = False
+    if not fits:
         raise ValueError(
             f"{path} does not fit {trained['model']}: it is not the last.pt or best.pt of a run, or the network was "
             "changed since"
-        ) from None
+        )
     return model.eval(), classes
 
 

@@ -297,7 +297,7 @@ class Run:
         return {
             "hyperparameters": self.hyperparameters,
             "kinds": self._kinds(),
-            "network": _printed(self._model),
+            "network": printed(self._model),
             "model": self._weights(),
             "optimizer": _plain(self._optimizer.state_dict()),
             "scheduler": _plain(self._scheduler.state_dict()) if self._scheduler else None,
@@ -329,6 +329,7 @@ class Run:
         summary = {
             "name": self.name,
             "hyperparameters": self.hyperparameters,
+            "network": checkpoint["network"],
             "epochs_done": len(history),
             "last_test_accuracy_percent": history[-1]["test_acc"],
             "best_test_accuracy_percent": best["test_acc"],
@@ -394,7 +395,7 @@ class Run:
         ]
         # Another version of torch may print the same layers otherwise.
         if checkpoint["made_by"]["versions"]["torch"] == version("torch"):
-            then, now = checkpoint["network"].splitlines(), _printed(self._model).splitlines()
+            then, now = checkpoint["network"].splitlines(), printed(self._model).splitlines()
             differences += [
                 f"a layer was {old.strip()} and is {new.strip()}"
                 for old, new in zip_longest(then, now, fillvalue="nothing")
@@ -403,7 +404,7 @@ class Run:
         return differences
 
 
-def _printed(model):
+def printed(model):
     """The layers of a network as text, without the addresses of functions, which change from process to process."""
     return re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(model))
 

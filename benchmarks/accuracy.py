@@ -26,8 +26,9 @@ from speed import processor
 import utils
 from image_sets import load_images
 from output import save_figure, write_atomically
-from pretrained import layers_of
+from pretrained import scores_of
 from recipes import RECIPES, flatten_recipe
+from runs import load_weights
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
@@ -68,7 +69,6 @@ def train_recipe(name, epochs, seed, device):
         "type": str(utils.autocast_dtype(device)),
         "data": data.name,
         **{key: summary[key] for key in ("threads", "versions", "hyperparameters")},
-        "layers": layers_of(model),
         "train_accuracy_percent": train_acc[-1],
         "unaugmented_train_accuracy_percent": plain_acc[0],
         "test_accuracy_percent": test_acc[-1],
@@ -78,6 +78,17 @@ def train_recipe(name, epochs, seed, device):
 
 def run_name(recipe, epochs, seed, device):
     return f"{recipe}-{device}-epochs{epochs}-seed{seed}"
+
+
+def read_result(path, hyperparameters):
+    """The JSON of an earlier run, None if there is none; exits if that run was of other hyperparameters."""
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    trained_with = result["hyperparameters"]
+    if changed := [key for key, value in hyperparameters.items() if trained_with.get(key) != value]:
+        sys.exit(f"{path} is of a run with another {', '.join(changed)}; delete it to train again")
+    return result
 
 
 def read_results(device, data):
@@ -186,7 +197,9 @@ def ship_weights(recipe, seed, device, note):
     if run["last_test_accuracy_percent"] != result["test_accuracy_percent"]:
         sys.exit(f"{RUNS / name} is of another run than {RESULTS / name}.json; delete both to train again")
     del result["history"]
-    result["note"] = note
+    model = utils.build_model(utils.get_recipe(recipe))
+    model.load_state_dict(load_weights(RUNS / name / "last.pt"))
+    result |= {"scores": scores_of(model), "note": note}
     weights = (RUNS / name / "last.pt").read_bytes()
     (ROOT / "weights").mkdir(exist_ok=True)
     write_atomically(ROOT / "weights" / f"{recipe}.pt", weights)
@@ -210,12 +223,7 @@ def main():
         for recipe in arguments.recipes:
             epochs = arguments.epochs or RECIPES[recipe]["epochs"]
             path = RESULTS / f"{run_name(recipe, epochs, seed, device.type)}.json"
-            if path.exists():
-                trained_with = json.loads(path.read_text())["hyperparameters"]
-                asked_for = flatten_recipe(RECIPES[recipe]) | {"epochs": epochs, "dataset": data}
-                if changed := [key for key, value in asked_for.items() if trained_with.get(key) != value]:
-                    sys.exit(f"{path} is of a run with another {', '.join(changed)}; delete it to train again")
-            else:
+            if not read_result(path, flatten_recipe(RECIPES[recipe]) | {"epochs": epochs, "dataset": data}):
                 result = train_recipe(recipe, epochs, seed, device)
                 write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
             if arguments.ship_weights and seed == arguments.seeds[0]:

@@ -19,12 +19,12 @@ import devices  # noqa: F401
 
 import reference
 import torch
-from accuracy import mean_and_spread
+from accuracy import mean_and_spread, read_result
 
 import utils
 from image_sets import load_images
 from output import write_atomically
-from recipes import RECIPES
+from recipes import RECIPES, flatten_recipe
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "parity"
 
@@ -66,7 +66,7 @@ def main():
     for seed in arguments.seeds:
         for variant, finals in accuracies.items():
             path = RESULTS / f"{study}-{variant.replace(' ', '-')}-seed{seed}.json"
-            if not path.exists():
+            if not (result := read_result(path, flatten_recipe(recipe))):
                 utils.seed_everything(seed)
                 start, history = time.perf_counter(), []
                 for row in run(variant, recipe, device):
@@ -74,7 +74,7 @@ def main():
                     print(variant, "seed", seed, "epoch", len(history), history[-1], flush=True)
                 result = {
                     "variant": variant,
-                    "recipe": arguments.recipe,
+                    "hyperparameters": flatten_recipe(recipe),
                     "seed": seed,
                     "device": device.type,
                     "torch": torch.__version__,
@@ -83,7 +83,7 @@ def main():
                     "history": history,
                 }
                 write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
-            finals.append(json.loads(path.read_text())["history"][-1]["test_acc"])
+            finals.append(result["history"][-1]["test_acc"])
 
     print(f"\n{arguments.recipe}, {recipe['epochs']} epochs\n\n| | seeds | test accuracy, % |\n| --- | --- | --- |")
     for variant, finals in accuracies.items():

@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 import optuna
 import torch
 import torch.nn.functional as F
+from accuracy import read_result
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from torch import nn
@@ -33,7 +34,7 @@ import utils
 from image_sets import load_images
 from models import Residual, layer, separable
 from output import write_atomically
-from recipes import RECIPES
+from recipes import RECIPES, flatten_recipe
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 FIGURES = pathlib.Path(__file__).parent.parent / "figures"
@@ -139,13 +140,13 @@ def objective(trial):
     parameters, cost = sum(p.numel() for p in model.parameters()), multiply_adds(model)
     trial.set_user_attr("parameters", parameters)
     trial.set_user_attr("million multiply-adds", round(cost / 1e6, 1))
-    trial.set_user_attr("activation", "Hardswish")  # what `layer` has; earlier trials had others
+    trial.set_user_attr("activation", type(layer(1, 1)[-1]).__name__)
     if parameters >= MOST_PARAMETERS or cost > MOST_MULTIPLY_ADDS:
         raise optuna.TrialPruned("too large")
 
     def report(epoch, accuracy):
         trial.report(accuracy, epoch)
-        if trial.should_prune():
+        if epoch < EPOCHS and trial.should_prune():
             raise optuna.TrialPruned
 
     try:
@@ -157,8 +158,9 @@ def objective(trial):
 def ablation(seeds=(1, 2)):
     """The recipe resnet-quick as it is, and without one ingredient at a time; validation accuracies in %."""
     path = RESULTS / "ablation.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
     whole = RECIPES["resnet-quick"]
+    empty = {"hyperparameters": flatten_recipe(whole), "accuracies": {}}
+    results = read_result(path, empty["hyperparameters"]) or empty
     sgd = {name: value for name, value in whole["optimizer"].items() if name != "kernel_lr"}
     sgd |= {"name": "SGD", "nesterov": True}
     without = {
@@ -173,15 +175,16 @@ def ablation(seeds=(1, 2)):
     }
     for seed in seeds:
         for name, change in without.items():
-            if str(seed) in results.setdefault(name, {}):
+            accuracies = results["accuracies"].setdefault(name, {})
+            if str(seed) in accuracies:
                 continue
             print(f"{name}, seed {seed}", flush=True)
             recipe = utils.get_recipe("resnet-quick") | change
             utils.seed_everything(seed)
-            results[name][str(seed)] = validate(utils.build_model(recipe), recipe)
+            accuracies[str(seed)] = validate(utils.build_model(recipe), recipe)
             write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
     print("\n| recipe | validation accuracy, % |\n| --- | --- |")
-    for name, accuracies in results.items():
+    for name, accuracies in results["accuracies"].items():
         print(f"| {name} | {', '.join(f'{accuracy:.2f}' for accuracy in accuracies.values())} |")
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import utils
+from models import Model
 from optimization import orthogonalized
 
 
@@ -51,30 +52,49 @@ def test_muon_makes_steps_of_kernels_orthogonal_and_is_sgd_for_the_rest():
     twin = copy.deepcopy(model)
     muon = utils.get_optimizer(model, "MuonSGD", lr=0.1, weight_decay=0.01, decay="weights", kernel_lr=0.5)
     sgd = utils.get_optimizer(twin, "SGD", lr=0.1, weight_decay=0.01, decay="weights", nesterov=True)
-    momentum = 0
+    kernel, momentum = model[0].weight.detach().clone(), 0
+    norm = kernel.norm()
     for _ in range(3):
         utils.get_loss()(model(torch.randn(8, 4, 8, 8)), torch.arange(8) % 4).backward()
         for ours, theirs in zip(model.parameters(), twin.parameters()):
             theirs.grad = ours.grad.clone()
-        kernel = model[0].weight.detach().clone()
         momentum = 0.9 * momentum + model[0].weight.grad
         nesterov = (model[0].weight.grad + 0.9 * momentum).reshape(6, 36)
         muon.load_state_dict(copy.deepcopy(muon.state_dict()))  # as a run that goes on does
         muon.step()
         sgd.step()
         muon.zero_grad()
-        step = (kernel * (6 / kernel.square().sum()).sqrt() - model[0].weight.detach()).reshape(6, 36) / 0.5
-        torch.testing.assert_close(step, orthogonalized(nesterov), rtol=1e-3, atol=1e-5)
+        kernel -= 0.5 * orthogonalized(nesterov).reshape(kernel.shape) * norm / 6**0.5
+        kernel *= norm / kernel.norm()
+        torch.testing.assert_close(model[0].weight.detach(), kernel)
     for ours, theirs in list(zip(model.parameters(), twin.parameters()))[1:]:
         torch.testing.assert_close(ours, theirs)
 
 
-def test_muon_starts_from_kernels_of_zeros():
-    conv = nn.Conv2d(3, 4, 3, bias=False)
-    nn.init.zeros_(conv.weight)
-    conv(torch.randn(2, 3, 8, 8)).square().sub(conv(torch.randn(2, 3, 8, 8))).sum().backward()
-    utils.get_optimizer(conv, "MuonSGD").step()
-    assert conv.weight.isfinite().all() and conv.weight.any()
+def test_muon_takes_kernels_without_bias_that_are_neither_depthwise_nor_zero_nor_computed():
+    first, shared, zero = nn.Conv2d(1, 4, 3, bias=False), nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 4, 1, bias=False)
+    nn.init.zeros_(zero.weight)
+    grouped, depthwise = (nn.Conv2d(4, 4, 3, groups=groups, bias=False) for groups in (2, 4))
+    computed = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1, bias=False))
+    others = depthwise, zero, computed, nn.Conv2d(4, 4, 1), nn.Linear(4, 4)
+    model = nn.Sequential(first, shared, grouped, shared, *others)
+    *rest, kernels = utils.get_optimizer(model, "MuonSGD", lr=0.3).param_groups
+    taken = [first.weight, shared.weight, grouped.weight]
+    assert [*map(id, kernels["params"])] == [*map(id, taken)]
+    assert kernels["lr"] == pytest.approx(0.02)  # it follows lr, as in a fine-tuning
+    assert sum(len(group["params"]) for group in rest) + len(taken) == len(list(model.parameters()))
+    with pytest.raises(ValueError, match="convolutions without bias, and this network has none; take SGD"):
+        utils.get_optimizer(model[-2:], "MuonSGD")
+
+
+def test_muon_at_a_learning_rate_of_zero_changes_nothing():
+    model = Model.from_pretrained("s9")
+    before = copy.deepcopy(model.state_dict())
+    optimizer = utils.get_optimizer(model, "MuonSGD", lr=0.0)
+    for _ in range(2):
+        model(torch.randn(4, 3, 32, 32)).sum().backward()
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8)])
@@ -125,6 +145,14 @@ def test_ways_to_call_get_scheduler(call):
             lambda: utils.get_scheduler(utils.get_optimizer(network()), "ExponentialLR", steps_per_epoch=3),
             r"ExponentialLR has no length in epochs; make torch\.optim",
         ),
+        (
+            lambda: utils.get_scheduler(utils.get_optimizer(network()), "ReduceLROnPlateau", "max"),
+            r"ReduceLROnPlateau takes no step_size \(given: 'max'\); give its own arguments by name",
+        ),
+        (
+            lambda: utils.get_scheduler(utils.get_optimizer(network()), "CosineAnnealingLR", gamma=0.5, epochs=9),
+            "CosineAnnealingLR takes no gamma",
+        ),
     ],
 )
 def test_a_refusal_says_what_there_is_instead(call, words):
@@ -140,10 +168,14 @@ def test_a_refusal_says_what_there_is_instead(call, words):
     [
         ("StepLR", {"step_size": 2, "gamma": 0.5}, {"step_size": 6, "gamma": 0.5}),
         ("CosineAnnealingLR", {"epochs": 4}, {"T_max": 12}),
-        ("LinearLR", {}, {"total_iters": 15}),  # torch's default of 5, taken for epochs
+        ("LinearLR", {"epochs": 20}, {"total_iters": 15}),  # a warm-up: torch's default of 5, taken for epochs
         ("PolynomialLR", {"epochs": 4, "power": 2}, {"total_iters": 12, "power": 2}),
         ("MultiStepLR", {"epochs": 4, "milestones": [1, 3]}, {"milestones": [3, 9]}),
-        ("CyclicLR", {"base_lr": 0.01, "step_size_up": 2}, {"base_lr": 0.01, "max_lr": 0.2, "step_size_up": 6}),
+        (
+            "CyclicLR",
+            {"base_lr": 0.01, "step_size_up": 2, "mode": "exp_range"},
+            {"base_lr": 0.01, "max_lr": 0.2, "step_size_up": 6, "mode": "exp_range"},
+        ),
         ("OneCycleLR", {"epochs": 4, "pct_start": 0.5}, {"max_lr": 0.2, "total_steps": 12, "pct_start": 0.5}),
     ],
 )

@@ -270,6 +270,7 @@ def test_a_run_of_ones_own_classifies_with_its_classes(own_run, tmp_path, monkey
         assert len(err.splitlines()) == 4
         for words in (f"no file {absent}", f"{text} is not", f"{tmp_path} is a folder", f"{address} is an address"):
             assert words in err
+    edit("BatchNorm2d", "SyncBatchNorm")(own_run)  # as a run on several GPUs has it
     code, out, err = in_terminal(monkeypatch, capsys, "--weights", own_run / "last.pt", good)
     assert (code, err) == (0, "")
 
@@ -312,6 +313,7 @@ def edit(old, new):
         (edit("{", ""), "last.pt", "has no run.json beside it that says"),
         (edit('"Model"', '"VGG"'), "last.pt", "has no run.json beside it that says"),
         (edit("fox/owl/yak", "fox/owl"), "last.pt", "does not fit Model"),
+        (edit("ReLU()", "GELU()"), "last.pt", "does not fit Model: "),
         (lambda folder: (folder / "last.pt").write_bytes(b"PK"), "last.pt", "is damaged"),
         (AS_IT_IS, "checkpoint.pt", "is not the last.pt or best.pt of a run"),
         (AS_IT_IS, "", "is a folder; give the last.pt"),
