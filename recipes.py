@@ -20,7 +20,7 @@ TUNED = {
     "optimizer": {
         "name": "MuonSGD",
         "lr": 0.3,
-        "kernel_lr": 0.04,
+        "kernel_lr": 0.02,
         "momentum": 0.9,
         "weight_decay": 5e-4,
         "decay": "weights",
@@ -35,7 +35,6 @@ RESNET = TUNED | {
     "epochs": 8,
     "batch_size": 128,
     "transforms": {"flip": 0.5, "shift_scale_rotate": 0.1, "cutout": 0.1, "crop_padding": 4},
-    "optimizer": TUNED["optimizer"] | {"kernel_lr": 0.02},
 }
 RECIPES = {
     # The original course run.
