@@ -70,7 +70,8 @@ def get_train_transforms(flip=0.1, shift_scale_rotate=0.1, cutout=0.3, crop_padd
         flip: probability of a horizontal flip.
         shift_scale_rotate: probability of a shift by up to 10 %, a scale of 0.8 to 1.2 and a rotation by up to 15
             degrees, with reflected border.
-        cutout: probability of one 16x16 hole in the mean colour (DeVries & Taylor, arXiv 1708.04552).
+        cutout: probability of one 16x16 hole in the mean colour, all of it inside the image (after DeVries & Taylor,
+            arXiv 1708.04552, whose holes may stick out).
         crop_padding: pixels of reflected border; a random crop of 32x32 is cut from the image with it; 0 for no crop.
 
     Returns:

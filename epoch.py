@@ -123,8 +123,9 @@ def check_lists(losses, accuracies):
     if any(values and values[-1] > 10 for values in losses) and any(values and values[-1] < 5 for values in accuracies):
         raise ValueError(
             f"the lists of losses end in {[values[-1] for values in losses if values]} and those of accuracies in "
-            f"{[values[-1] for values in accuracies if values]} %; they seem to be in each other's place. The order is "
-            "train_losses, train_acc; for post_accuracyplots train_losses, test_losses, train_acc, test_acc"
+            f"{[values[-1] for values in accuracies if values]} %; they seem to be in each other's place, or training "
+            "has diverged. The order is train_losses, train_acc; for post_accuracyplots train_losses, test_losses, "
+            "train_acc, test_acc"
         )
 
 
@@ -162,27 +163,28 @@ def steps_taken(scheduler):
 
 def _counts_epochs(scheduler, batches):
     """Whether a scheduler counts epochs: get_scheduler says so, or counting batches it would be through within one."""
-    of = functools.partial(isinstance, scheduler)
     if hasattr(scheduler, "steps_per_epoch"):
         return scheduler.steps_per_epoch == 1 and batches != 1
-    if of(lr_scheduler.SequentialLR):
+    if isinstance(scheduler, lr_scheduler.SequentialLR):
         starts = [0, *scheduler._milestones, batches]
         return any(
             _counts_epochs(part, min(end, batches) - start)
             for part, start, end in zip(scheduler._schedulers, starts, starts[1:])
         )
-    if of(lr_scheduler.ChainedScheduler):
+    if isinstance(scheduler, lr_scheduler.ChainedScheduler):
         return any(_counts_epochs(part, batches) for part in scheduler._schedulers)
     for name in ("T_max", "T_0", "total_iters"):  # of CosineAnnealingLR, CosineAnnealingWarmRestarts, PolynomialLR
-        if hasattr(scheduler, name) and not of((lr_scheduler.ConstantLR, lr_scheduler.LinearLR)):  # for a warm-up
+        if hasattr(scheduler, name) and not isinstance(
+            scheduler, (lr_scheduler.ConstantLR, lr_scheduler.LinearLR)
+        ):  # for a warm-up
             return getattr(scheduler, name) < batches
-    if of(lr_scheduler.MultiStepLR):
+    if isinstance(scheduler, lr_scheduler.MultiStepLR):
         return max(scheduler.milestones, default=batches) < batches
-    if of((lr_scheduler.StepLR, lr_scheduler.ExponentialLR)):
+    if isinstance(scheduler, (lr_scheduler.StepLR, lr_scheduler.ExponentialLR)):
         return scheduler.gamma ** (batches // getattr(scheduler, "step_size", 1)) < 0.01
-    if of(lr_scheduler.LambdaLR):
+    if isinstance(scheduler, lr_scheduler.LambdaLR):
         return all(factor(batches // 2) < 0.01 * factor(0) for factor in scheduler.lr_lambdas)
-    return of(lr_scheduler.ReduceLROnPlateau)
+    return isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
 
 
 def check_scheduler(scheduler, optimizer, loader):
@@ -290,10 +292,9 @@ def check_scores(scores, labels, criterion, loss):
         )
 
 
-def are_probabilities(scores):
-    """Whether scores (N, classes) come out of a softmax already."""
-    # Half precision leaves their sums a few hundredths off.
-    return scores.shape[1] > 1 and bool((scores >= 0).all() & ((scores.sum(dim=1) - 1).abs() < 0.05).all())
+def are_probabilities(scores, off=0.05):
+    """Whether scores (N, classes) come out of a softmax already: half precision leaves their sums 0.05 off."""
+    return scores.shape[1] > 1 and bool((scores >= 0).all() & ((scores.sum(dim=1) - 1).abs() < off).all())
 
 
 def _softmax_under_log_softmax(node):

@@ -104,7 +104,7 @@ def layer(in_channels, out_channels, kernel=3, dilation=1, activation=nn.Hardswi
 
 
 def separable(channels, activation=nn.Hardswish):
-    """A depthwise convolution, then a pointwise layer (Howard et al., "MobileNets", 2017)."""
+    """A depthwise convolution and a pointwise layer, with nothing between them (Chollet, "Xception", 2017)."""
     depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
     return nn.Sequential(depthwise, layer(channels, channels, kernel=1, activation=activation))
 

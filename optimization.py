@@ -62,11 +62,15 @@ FUSED = (optim.SGD, optim.Adam, optim.AdamW)
 
 
 class MuonSGD(optim.Optimizer):
-    """SGD with Nesterov's momentum, and Muon for the groups that are `orthogonal` (Jordan et al., "Muon", 2024).
+    """SGD with Nesterov momentum; for groups with `orthogonal=True`, Muon (Jordan et al., "Muon", 2024).
 
-    Muon takes a kernel (out, in, k, k) for a matrix of `out` rows and makes its step orthogonal: all directions change
-    alike, not mostly those of large gradients. The step is relative to the norm of the kernel, which stays what it was
-    at the start: of a kernel whose output is normalised, only the direction matters.
+    Muon reads a kernel (out, in, k, k) as a matrix (out, in * k * k) and makes its step orthogonal: all directions
+    change alike, not mostly those of large gradients. The step does not change the norm of the kernel: behind a
+    normalisation only its direction matters.
+
+    Args:
+        params: parameters or groups; those of `orthogonal` groups have at least two dimensions and are not all zero.
+        lr: for `orthogonal` groups relative to the norm of each kernel.
     """
 
     def __init__(self, params, lr=0.01, momentum=0.9, weight_decay=0.0):
@@ -89,9 +93,9 @@ class MuonSGD(optim.Optimizer):
                 momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
                 step = gradient.add(momentum, alpha=group["momentum"])
                 if group["orthogonal"]:
-                    step = orthogonalized(step.flatten(1)).reshape(step.shape)
-                    norm = state.setdefault("norm", parameter.norm())
-                    parameter.sub_(step * (norm / len(parameter) ** 0.5), alpha=group["lr"])
+                    step, norm = orthogonalized(step.flatten(1)), parameter.norm()
+                    step = step.reshape(parameter.shape) * (norm / min(step.shape) ** 0.5)
+                    parameter.sub_(step, alpha=group["lr"])
                     parameter.mul_(norm / parameter.norm())
                 else:
                     parameter.sub_(step, alpha=group["lr"])
@@ -110,7 +114,9 @@ def orthogonalized(matrix):
 
 
 def _muon_kernels(model):
-    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d) and module.bias is None]
+    layers = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    # Not the last, the classifier: how large its scores are is for it to learn.
+    convolutions = [layer for layer in layers[:-1] if isinstance(layer, nn.Conv2d) and layer.bias is None]
     dense = [conv.weight for conv in convolutions if conv.groups == 1 or conv.weight.shape[1] > 1]
     # A weight that layers share comes more than once, and that of a parametrized layer is computed.
     return [weight for weight in dict.fromkeys(dense) if isinstance(weight, nn.Parameter) and weight.any()]
@@ -126,9 +132,10 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
         weight_decay: by default the optimizer's own.
         decay: which parameters the weight decay applies to, "all", or "weights": those of convolutions and linear
             layers, but neither biases nor the scales and shifts of normalisation.
-        options: go to the optimizer. For MuonSGD there is one more, kernel_lr, by default a fifteenth of lr: the
-            learning rate of Muon. It trains the kernels of convolutions without bias, as before a normalisation, unless
-            they are depthwise or all zero; they keep their norm, so that weight decay does not apply to them.
+        options: go to the optimizer. MuonSGD also takes kernel_lr, the learning rate of Muon, by default lr / 15. Muon
+            trains the kernels of convolutions without bias, as before a normalisation, but neither depthwise nor
+            all-zero ones, nor the classifier; SGD trains the rest. Weight decay does not apply to Muon's kernels, as
+            their norm does not change.
 
     Raises:
         ValueError: unknown name, or another value of decay; MuonSGD for a network without such kernels.
@@ -148,7 +155,8 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
         kernel_lr = options.pop("kernel_lr", lr / 15)
         if not (kernels := _muon_kernels(model)):
             raise ValueError("Muon trains convolutions without bias, and this network has none; take SGD instead")
-    rest = [parameter for parameter in parameters if all(parameter is not kernel for kernel in kernels)]
+    taken = set(kernels)
+    rest = [parameter for parameter in parameters if parameter not in taken]
     groups = [{"params": rest}]
     if decay == "weights":
         groups = [
@@ -158,6 +166,7 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
     if kernels:
         groups.append({"params": kernels, "lr": kernel_lr, "weight_decay": 0.0, "orthogonal": True})
     optimizer = kind(groups, lr=lr, **options)
+    fit_fused_state(optimizer)  # for loops other than `train`
     optimizer.made_for = weakref.ref(model)  # what it lacks of this model was added later: epoch.check_optimizer
     return optimizer
 
@@ -205,8 +214,9 @@ def get_scheduler(optimizer, step_size=None, gamma=None, name="StepLR", epochs=N
             groups.
 
     Raises:
-        ValueError: unknown name; step_size or gamma for a scheduler that takes none; a run too short for OneCycleLR; a
-            scheduler that has no length in epochs and so cannot be stepped after every batch.
+        ValueError: unknown name; step_size or gamma for a scheduler that takes none; a run too short for OneCycleLR, or
+            an optimizer that has had one; a scheduler that has no length in epochs and so cannot be stepped after every
+            batch.
     """
     options.pop("verbose", None)  # which torch has given up
     name = "StepLR" if isinstance(name, bool) else name
@@ -223,6 +233,11 @@ def get_scheduler(optimizer, step_size=None, gamma=None, name="StepLR", epochs=N
     if kind is optim.lr_scheduler.StepLR:
         falls = {"step_size": 10, "gamma": 0.1} | falls
     given = {"T_max": epochs, "epochs": epochs, "steps_per_epoch": steps_per_epoch}
+    if kind is optim.lr_scheduler.OneCycleLR and "max_lr" in optimizer.param_groups[0] and "max_lr" not in options:
+        raise ValueError(
+            f"the optimizer has had a OneCycleLR, which left a learning rate of {optimizer.param_groups[0]['lr']:.2g}; "
+            "make the optimizer anew as well, or give max_lr"
+        )
     given["max_lr"] = [group["lr"] for group in optimizer.param_groups]
     # Others that have total_iters are for a part of the run, such as its warm-up.
     to_the_end = epochs if kind is optim.lr_scheduler.PolynomialLR else None

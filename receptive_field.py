@@ -41,7 +41,10 @@ class ReceptiveFieldTable(list):
 
     @property
     def total(self):
-        """The largest receptive field, in pixels, before any global pooling."""
+        """The largest receptive field, in pixels, before any global pooling, such as that of a squeeze-and-excitation.
+
+        An early one makes it small, though every output behind it sees the whole image.
+        """
         return max((row.receptive_field for row in self if row.receptive_field is not None), default=1)
 
     def __str__(self):

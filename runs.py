@@ -210,7 +210,7 @@ class Run:
     def save(self, train_losses, train_acc, test_losses, test_acc):
         """Record the epoch that has just ended, the last entry of each list, and everything needed to go on from it.
 
-        A scheduler that counts epochs is stepped before.
+        Step a scheduler that counts epochs before you call this.
 
         Raises:
             ValueError: the lists are not one epoch longer than at the last save, in another order, or end in what is no

@@ -17,6 +17,10 @@ def network():
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.LogSoftmax(dim=1))
 
 
+def sgd(**options):
+    return utils.get_optimizer(network(), **options)
+
+
 @pytest.fixture
 def batches():
     generator = torch.Generator().manual_seed(0)
@@ -72,29 +76,44 @@ def test_muon_makes_steps_of_kernels_orthogonal_and_is_sgd_for_the_rest():
 
 
 def test_muon_takes_kernels_without_bias_that_are_neither_depthwise_nor_zero_nor_computed():
-    first, shared, zero = nn.Conv2d(1, 4, 3, bias=False), nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 4, 1, bias=False)
+    first, (shared, tied, zero) = nn.Conv2d(1, 4, 3, bias=False), (nn.Conv2d(4, 4, 1, bias=False) for _ in range(3))
+    tied.weight = shared.weight
     nn.init.zeros_(zero.weight)
     grouped, depthwise = (nn.Conv2d(4, 4, 3, groups=groups, bias=False) for groups in (2, 4))
     computed = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1, bias=False))
     others = depthwise, zero, computed, nn.Conv2d(4, 4, 1), nn.Linear(4, 4)
-    model = nn.Sequential(first, shared, grouped, shared, *others)
+    model = nn.Sequential(first, shared, grouped, tied, *others)
     *rest, kernels = utils.get_optimizer(model, "MuonSGD", lr=0.3).param_groups
     taken = [first.weight, shared.weight, grouped.weight]
     assert [*map(id, kernels["params"])] == [*map(id, taken)]
     assert kernels["lr"] == pytest.approx(0.02)  # it follows lr, as in a fine-tuning
     assert sum(len(group["params"]) for group in rest) + len(taken) == len(list(model.parameters()))
-    with pytest.raises(ValueError, match="convolutions without bias, and this network has none; take SGD"):
-        utils.get_optimizer(model[-2:], "MuonSGD")
+    for none in (model[-2:], nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1, bias=False))):  # the classifier
+        with pytest.raises(ValueError, match="convolutions without bias, and this network has none; take SGD"):
+            utils.get_optimizer(none, "MuonSGD")
 
 
 def test_muon_at_a_learning_rate_of_zero_changes_nothing():
-    model = Model.from_pretrained("s9")
-    before = copy.deepcopy(model.state_dict())
+    model = Model()
     optimizer = utils.get_optimizer(model, "MuonSGD", lr=0.0)
-    for _ in range(2):
-        model(torch.randn(4, 3, 32, 32)).sum().backward()
+    trained = Model.from_pretrained("s9").state_dict()
+    for weights in (copy.deepcopy(model.state_dict()), trained):  # also where other weights are loaded meanwhile
+        model.load_state_dict(weights)
+        model.eval()(torch.randn(4, 3, 32, 32)).sum().backward()
         optimizer.step()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_muon_steps_are_of_the_learning_rate_times_the_norm_and_keep_it():
+    wide, tall = nn.Conv2d(4, 8, 3, bias=False), nn.Conv2d(8, 64, 1, bias=False)
+    model = nn.Sequential(wide, nn.BatchNorm2d(8), tall, nn.BatchNorm2d(64))
+    before = [kernel.weight.detach().clone() for kernel in (wide, tall)]
+    optimizer = utils.get_optimizer(model, "MuonSGD", kernel_lr=0.1, momentum=0.0)
+    (model(torch.randn(16, 4, 8, 8)) * torch.randn(16, 64, 6, 6)).sum().backward()
+    optimizer.step()
+    for kernel, old in zip((wide, tall), before):
+        torch.testing.assert_close(kernel.weight.norm(), old.norm())
+        assert 0.07 < (kernel.weight - old).norm() / old.norm() < 0.13  # singular values are moved to 0.7 to 1.2
 
 
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8)])
@@ -138,19 +157,23 @@ def test_ways_to_call_get_scheduler(call):
     "call, words",
     [
         (lambda: utils.get_optimizer(network(), "SDG"), "unknown optimizer 'SDG'.*Adam.*SGD"),
-        (lambda: utils.get_scheduler(utils.get_optimizer(network()), name="Step"), "unknown scheduler 'Step'.*StepLR"),
+        (lambda: utils.get_scheduler(sgd(), name="Step"), "unknown scheduler 'Step'.*StepLR"),
         (lambda: utils.get_loss("mse"), "unknown loss 'mse'.*cross_entropy, nll_loss"),
         (lambda: utils.get_optimizer(network(), decay="bias"), "'bias'.*'all'.*'weights'"),
         (
-            lambda: utils.get_scheduler(utils.get_optimizer(network()), "ExponentialLR", steps_per_epoch=3),
+            lambda: utils.get_scheduler(sgd(), "ExponentialLR", steps_per_epoch=3),
             r"ExponentialLR has no length in epochs; make torch\.optim",
         ),
         (
-            lambda: utils.get_scheduler(utils.get_optimizer(network()), "ReduceLROnPlateau", "max"),
+            lambda: utils.get_scheduler(sgd(), "ReduceLROnPlateau", "max"),
             r"ReduceLROnPlateau takes no step_size \(given: 'max'\); give its own arguments by name",
         ),
         (
-            lambda: utils.get_scheduler(utils.get_optimizer(network()), "CosineAnnealingLR", gamma=0.5, epochs=9),
+            lambda: [utils.get_scheduler(optimizer, "OneCycleLR", epochs=9) for optimizer in 2 * [sgd(lr=0.5)]],
+            "the optimizer has had a OneCycleLR, which left a learning rate of 0.02; make the optimizer anew",
+        ),
+        (
+            lambda: utils.get_scheduler(sgd(), "CosineAnnealingLR", gamma=0.5, epochs=9),
             "CosineAnnealingLR takes no gamma",
         ),
     ],

@@ -63,8 +63,8 @@ def test_weights_decay_unless_muon_sets_their_scale_and_nothing_else_does(name):
     _, model, optimizer, _, _ = prepared(name, 10)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     of_muon = {id(p) for group in optimizer.param_groups if group.get("orthogonal") for p in group["params"]}
-    kernels = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels // m.groups > 1}
-    assert of_muon == (kernels if "resnet" in name else set())
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.bias is None]
+    assert of_muon == {id(m.weight) for m in convolutions if m.in_channels > m.groups}
     weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     others = [p for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
     assert {decay[id(p)] for p in weights if id(p) not in of_muon} == {5e-4}
