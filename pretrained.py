@@ -68,4 +68,4 @@ class Pretrained(nn.Module):
                 f"the weights {name!r} do not fit {cls.__name__}: they are of {trained['model']}, or the network was "
                 "changed after they were trained. Train it anew, and load_state_dict the weights of that run"
             )
-        return model
+        return model.eval()
