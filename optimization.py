@@ -227,17 +227,17 @@ def get_scheduler(optimizer, step_size=None, gamma=None, name="StepLR", epochs=N
             f"{kind.__name__} has no length in epochs; make torch.optim.lr_scheduler.{kind.__name__} yourself, with "
             "what it counts in batches"
         )
+    if kind is optim.lr_scheduler.OneCycleLR and "max_lr" in optimizer.param_groups[0] and "max_lr" not in options:
+        raise ValueError(
+            f"the optimizer has had a OneCycleLR, which left a learning rate of {optimizer.param_groups[0]['lr']:.2g}; "
+            "make the optimizer anew as well, or give max_lr"
+        )
     falls = {key: value for key, value in {"step_size": step_size, "gamma": gamma}.items() if value is not None}
     for key in falls.keys() - defaults.keys():
         raise ValueError(f"{kind.__name__} takes no {key} (given: {falls[key]!r}); give its own arguments by name")
     if kind is optim.lr_scheduler.StepLR:
         falls = {"step_size": 10, "gamma": 0.1} | falls
     given = {"T_max": epochs, "epochs": epochs, "steps_per_epoch": steps_per_epoch}
-    if kind is optim.lr_scheduler.OneCycleLR and "max_lr" in optimizer.param_groups[0] and "max_lr" not in options:
-        raise ValueError(
-            f"the optimizer has had a OneCycleLR, which left a learning rate of {optimizer.param_groups[0]['lr']:.2g}; "
-            "make the optimizer anew as well, or give max_lr"
-        )
     given["max_lr"] = [group["lr"] for group in optimizer.param_groups]
     # Others that have total_iters are for a part of the run, such as its warm-up.
     to_the_end = epochs if kind is optim.lr_scheduler.PolynomialLR else None

@@ -49,6 +49,12 @@ def test_optimizers_by_name():
     assert [adam.defaults[key] for key in ("lr", "weight_decay", "eps")] == [0.01, 0.1, 0.5]
 
 
+def test_a_fused_optimizer_has_momentum_that_is_set_even_if_its_first_step_is_skipped():
+    optimizer = sgd(momentum=0.9, fused=True)
+    buffers = [state["momentum_buffer"] for state in optimizer.state.values()]
+    assert len(buffers) == 2 and not any(buffer.any() for buffer in buffers)
+
+
 def test_muon_makes_steps_of_kernels_orthogonal_and_is_sgd_for_the_rest():
     torch.manual_seed(0)
     layers = nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, groups=6, bias=False)

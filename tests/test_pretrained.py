@@ -106,6 +106,7 @@ CHANGES = {
     "stride": lambda model: setattr(model.C1[0].conv, "stride", (2, 2)),
     "border": lambda model: setattr(model.C2[1].conv, "padding_mode", "reflect"),
     "a step without weights": lambda model: model.C1[0].append(nn.MaxPool2d(2)),
+    "what comes out": lambda model: model.register_forward_hook(lambda module, inputs, output: output[:, :7]),
     "what is computed": lambda model: model.C3.register_forward_hook(lambda module, inputs, output: output / 2),
 }
 
