@@ -298,6 +298,7 @@ TURNS = {
 
 
 def _upright(image):
+    image.load()  # which already turns a TIFF, and then takes the tag away
     # Not ImageOps.exif_transpose, which writes all tags anew and so fails on one that is odd.
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))

@@ -62,19 +62,27 @@ FUSED = (optim.SGD, optim.Adam, optim.AdamW)
 
 
 class MuonSGD(optim.Optimizer):
-    """SGD with Nesterov momentum; for groups with `orthogonal=True`, Muon (Jordan et al., "Muon", 2024).
+    """SGD with Nesterov momentum; for groups with a `kernel_scale`, Muon (Jordan et al., "Muon", 2024).
 
     Muon reads a kernel (out, in, k, k) as a matrix (out, in * k * k) and makes its step orthogonal: all directions
     change alike, not mostly those of large gradients. The step does not change the norm of the kernel: behind a
     normalisation only its direction matters.
 
     Args:
-        params: parameters or groups; those of `orthogonal` groups have at least two dimensions and are not all zero.
-        lr: for `orthogonal` groups relative to the norm of each kernel.
+        params: parameters or groups; those of groups with a `kernel_scale` have at least two dimensions and are not
+            all zero.
+        lr: the same for all groups, for whatever sets it; a step of Muon is kernel_scale * lr times as long as the
+            kernel.
+
+    Raises:
+        ValueError: a negative number.
     """
 
     def __init__(self, params, lr=0.01, momentum=0.9, weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "orthogonal": False})
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "kernel_scale": 0.0}
+        if negative := [f"{name}={value}" for name, value in defaults.items() if value < 0]:
+            raise ValueError(f"{', '.join(negative)} given; MuonSGD takes no negative numbers")
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -92,10 +100,10 @@ class MuonSGD(optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(parameter)
                 momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
                 step = gradient.add(momentum, alpha=group["momentum"])
-                if group["orthogonal"]:
+                if group["kernel_scale"]:
                     step, norm = orthogonalized(step.flatten(1)), parameter.norm()
                     step = step.reshape(parameter.shape) * (norm / min(step.shape) ** 0.5)
-                    parameter.sub_(step, alpha=group["lr"])
+                    parameter.sub_(step, alpha=group["kernel_scale"] * group["lr"])
                     parameter.mul_(norm / parameter.norm())
                 else:
                     parameter.sub_(step, alpha=group["lr"])
@@ -132,9 +140,10 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
         weight_decay: by default the optimizer's own.
         decay: which parameters the weight decay applies to, "all", or "weights": those of convolutions and linear
             layers, but neither biases nor the scales and shifts of normalisation.
-        options: go to the optimizer. MuonSGD also takes kernel_lr, the learning rate of Muon, by default lr / 15. Muon
-            trains the kernels of convolutions without bias, as before a normalisation, but neither depthwise nor
-            all-zero ones, nor the classifier; SGD trains the rest. Weight decay does not apply to Muon's kernels, as
+        options: go to the optimizer. MuonSGD also takes kernel_lr, the learning rate of Muon, by default lr / 15; the
+            two keep their ratio when the learning rate changes. Muon trains the kernels of convolutions without bias,
+            as before a normalisation, but neither depthwise nor all-zero ones, nor the layer that the network
+            registers last, its classifier; SGD trains the rest. Weight decay does not apply to Muon's kernels, as
             their norm does not change.
 
     Raises:
@@ -152,7 +161,7 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
         options.setdefault("fused", True)
     kernels = []
     if kind is MuonSGD:
-        kernel_lr = options.pop("kernel_lr", lr / 15)
+        kernel_scale = options.pop("kernel_lr") / lr if "kernel_lr" in options else 1 / 15
         if not (kernels := _muon_kernels(model)):
             raise ValueError("Muon trains convolutions without bias, and this network has none; take SGD instead")
     taken = set(kernels)
@@ -164,7 +173,7 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
             {"params": [parameter for parameter in rest if parameter.dim() <= 1], "weight_decay": 0.0},
         ]
     if kernels:
-        groups.append({"params": kernels, "lr": kernel_lr, "weight_decay": 0.0, "orthogonal": True})
+        groups.append({"params": kernels, "weight_decay": 0.0, "kernel_scale": kernel_scale})
     optimizer = kind(groups, lr=lr, **options)
     fit_fused_state(optimizer)  # for loops other than `train`
     optimizer.made_for = weakref.ref(model)  # what it lacks of this model was added later: epoch.check_optimizer
@@ -245,7 +254,8 @@ def get_scheduler(optimizer, step_size=None, gamma=None, name="StepLR", epochs=N
     given = {key: value for key, value in given.items() if key in defaults and value is not None} | falls | options
     for key in IN_EPOCHS & given.keys():
         if given[key] is not None:
-            given[key] = (np.array(given[key]) * steps_per_epoch).tolist()
+            # Whole ones, as torch waits for a step that is equal.
+            given[key] = np.rint(np.array(given[key]) * steps_per_epoch).astype(int).tolist()
     if kind is optim.lr_scheduler.OneCycleLR and epochs and epochs * steps_per_epoch * given.get("pct_start", 0.3) <= 1:
         raise ValueError(
             f"{epochs} epochs of {steps_per_epoch} batches are too few for OneCycleLR to rise and fall; train longer, "

@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import sys
-from importlib.metadata import version
 from typing import NamedTuple
 
 import devices  # noqa: F401
@@ -23,7 +22,7 @@ from epoch import are_probabilities
 from image_sets import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, to_rgb
 from layers import evaluation_mode
 from parallel import unwrap
-from runs import load_weights, printed
+from runs import load_weights, printed, printed_alike
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # not all of Pillow's: some of its readers start other programs
 
@@ -177,8 +176,7 @@ def load_network(weights):
         model.load_state_dict(state)
         # SyncBatchNorm, of a run on several GPUs, computes the same here.
         network = run.get("network", printed(model)).replace("SyncBatchNorm", "BatchNorm2d")
-        same_torch = run.get("versions", {}).get("torch") == version("torch")  # another may print it otherwise
-        fits = printed(model) == network or not same_torch
+        fits = printed(model) == network or not printed_alike(run.get("versions", {}))
     except RuntimeError:
         fits = False
     if not fits:

@@ -14,6 +14,7 @@ processes of a `torchrun`, the first writes.
 """
 
 import csv
+import inspect
 import io
 import json
 import math
@@ -24,9 +25,11 @@ import random
 import re
 import sys
 import time
+import types
 import warnings
 import weakref
 import zipfile
+import zlib
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import zip_longest
@@ -192,7 +195,7 @@ class Run:
         if checkpoint and (checkpoint["history"] or (stopped and not differences)):
             self._restore(checkpoint)
             done, epochs = len(self.history), hyperparameters.get("epochs", "?")
-            self._say(f"going on after epoch {done} of {epochs}" if done else "starting again, with epoch 1")
+            self._say(f"going on after epoch {done} of {epochs}" if done else "starting again, from its first weights")
             self._start_epoch()
             self._export(checkpoint)
         else:
@@ -393,11 +396,10 @@ class Run:
             for name in sorted(then.keys() | now.keys())
             if then.get(name) != now.get(name)
         ]
-        # Another version of torch may print the same layers otherwise.
-        if checkpoint["made_by"]["versions"]["torch"] == version("torch"):
+        if printed_alike(checkpoint["made_by"]["versions"]):
             then, now = checkpoint["network"].splitlines(), printed(self._model).splitlines()
             differences += [
-                f"a layer was {old.strip()} and is {new.strip()}"
+                f"the network had {old.strip()} and has {new.strip()}"
                 for old, new in zip_longest(then, now, fillvalue="nothing")
                 if old != new
             ]
@@ -405,8 +407,31 @@ class Run:
 
 
 def printed(model):
-    """The layers of a network as text, without the addresses of functions, which change from process to process."""
-    return re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(model))
+    """A network as text: its layers, and a checksum of what the forward of each class of its own does."""
+    lines = [re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(model))]  # addresses change from process to process
+    for kind in dict.fromkeys(type(module) for module in model.modules()):
+        forward = inspect.unwrap(kind.forward)
+        if not kind.__module__.startswith("torch.") and hasattr(forward, "__code__"):
+            checksum = zlib.crc32(_described(forward.__code__, forward.__doc__).encode())
+            lines.append(f"{kind.__name__}.forward {checksum:08x}")
+    return "\n".join(lines)
+
+
+def _described(code, doc=None):
+    """What a function does, wherever it stands in its file: its bytecode, its names and its constants."""
+    constants = [
+        _described(constant) if isinstance(constant, types.CodeType) else repr(constant)
+        for constant in code.co_consts
+        # The order of a set changes from process to process.
+        if constant not in (None, doc) and not isinstance(constant, frozenset)
+    ]
+    return f"{code.co_code.hex()} {code.co_names} {constants}"
+
+
+def printed_alike(versions):
+    """Whether the network of a run made with {package: version} would be printed the same way here."""
+    here = {"python": platform.python_version(), "torch": version("torch")}
+    return here == {package: versions.get(package) for package in here}
 
 
 def _schedule_length(state):

@@ -34,6 +34,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
 RUNS = ROOT / "runs" / "accuracy"
 SPEED = ROOT / "benchmarks" / "results"
+OF_A_RUN = ("images", "classes", "seed")  # what a run records beside the recipe and the name of the data set
 
 
 def train_recipe(name, epochs, seed, device):
@@ -85,19 +86,27 @@ def read_result(path, hyperparameters):
     if not path.exists():
         return None
     result = json.loads(path.read_text())
-    trained_with = result["hyperparameters"]
-    if changed := [key for key, value in hyperparameters.items() if trained_with.get(key) != value]:
+    trained_with = {key: value for key, value in result["hyperparameters"].items() if key not in OF_A_RUN}
+    either = sorted(hyperparameters.keys() | trained_with.keys())
+    if changed := [key for key in either if trained_with.get(key) != hyperparameters.get(key)]:
         sys.exit(f"{path} is of a run with another {', '.join(changed)}; delete it to train again")
     return result
 
 
 def read_results(device, data):
-    """The results on this kind of device and these images, {(recipe, epochs): [one a seed]}, longest runs first."""
+    """The results on this kind of device and these images, {(recipe, epochs): [one a seed]}, longest runs first.
+
+    Exits if the runs of a group are not of the same hyperparameters.
+    """
     groups = {}
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
         if (result["device"], result["data"]) == (device, data):
             groups.setdefault((result["recipe"], result["epochs"]), []).append(result)
+    for (recipe, epochs), results in groups.items():
+        settings = [{**result["hyperparameters"], "seed": None} for result in results]
+        if any(one != settings[0] for one in settings):
+            sys.exit(f"{RESULTS} has runs of {recipe}, {epochs} epochs, of different settings; delete the old ones")
     return dict(sorted(groups.items(), key=lambda item: (item[0][0], -item[0][1])))
 
 
@@ -216,6 +225,8 @@ def main():
     arguments = parser.parse_args()
     if arguments.epochs is not None and (arguments.epochs < 1 or arguments.ship_weights):
         parser.error("--epochs must be at least 1, and only weights trained for the recipe's own number are shipped")
+    if arguments.ship_weights and not arguments.seeds:
+        parser.error("--ship-weights takes the weights of the first of the --seeds; give one")
     device = utils.best_device()
     data = load_images("cifar10", "test").name
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -60,13 +60,14 @@ def main():
     arguments = parser.parse_args()
     recipe, device = utils.get_recipe(arguments.recipe), utils.best_device()
     recipe["epochs"] = arguments.epochs or recipe["epochs"]
+    hyperparameters = flatten_recipe(recipe) | {"dataset": load_images("cifar10", "test").name}
     RESULTS.mkdir(parents=True, exist_ok=True)
     study = f"{arguments.recipe}-{device.type}-epochs{recipe['epochs']}"
     accuracies = {"plain loop": [], "this project": []}
     for seed in arguments.seeds:
         for variant, finals in accuracies.items():
             path = RESULTS / f"{study}-{variant.replace(' ', '-')}-seed{seed}.json"
-            if not (result := read_result(path, flatten_recipe(recipe))):
+            if not (result := read_result(path, hyperparameters)):
                 utils.seed_everything(seed)
                 start, history = time.perf_counter(), []
                 for row in run(variant, recipe, device):
@@ -74,11 +75,10 @@ def main():
                     print(variant, "seed", seed, "epoch", len(history), history[-1], flush=True)
                 result = {
                     "variant": variant,
-                    "hyperparameters": flatten_recipe(recipe),
+                    "hyperparameters": hyperparameters,
                     "seed": seed,
                     "device": device.type,
                     "torch": torch.__version__,
-                    "data": load_images("cifar10", "test").name,
                     "minutes": round((time.perf_counter() - start) / 60, 2),
                     "history": history,
                 }

@@ -159,7 +159,8 @@ def ablation(seeds=(1, 2)):
     """The recipe resnet-quick as it is, and without one ingredient at a time; validation accuracies in %."""
     path = RESULTS / "ablation.json"
     whole = RECIPES["resnet-quick"]
-    empty = {"hyperparameters": flatten_recipe(whole), "accuracies": {}}
+    data = load_images("cifar10", "train").name
+    empty = {"hyperparameters": flatten_recipe(whole) | {"dataset": data}, "accuracies": {}}
     results = read_result(path, empty["hyperparameters"]) or empty
     sgd = {name: value for name, value in whole["optimizer"].items() if name != "kernel_lr"}
     sgd |= {"name": "SGD", "nesterov": True}
@@ -188,11 +189,14 @@ def ablation(seeds=(1, 2)):
         print(f"| {name} | {', '.join(f'{accuracy:.2f}' for accuracy in accuracies.values())} |")
 
 
-def open_study(journal):
-    """The study in a journal file, new if there is none yet."""
+def open_study(journal, to_go_on):
+    """The study in a journal file, which is written to only to go on; new then if there is none yet."""
+    storage, name = JournalStorage(JournalFileBackend(journal)), "resnet"
+    if not to_go_on:
+        return optuna.load_study(study_name=name, storage=storage)
     return optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(journal)),
-        study_name="resnet",
+        storage=storage,
+        study_name=name,
         load_if_exists=True,
         direction="maximize",
         sampler=optuna.samplers.TPESampler(multivariate=True, constant_liar=True),
@@ -218,7 +222,8 @@ def show(study):
     optuna.visualization.matplotlib.plot_optimization_history(study)
     plt.savefig(FIGURES / "search-history.png", dpi=120, bbox_inches="tight")
     if len(trials) > 3:
-        optuna.visualization.matplotlib.plot_param_importances(study)
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        optuna.visualization.matplotlib.plot_param_importances(study, evaluator=evaluator)
         plt.savefig(FIGURES / "search-importance.png", dpi=120, bbox_inches="tight")
 
 
@@ -230,7 +235,7 @@ def main():
     arguments = parser.parse_args()
     if arguments.ablation:
         return ablation()
-    study = open_study(arguments.journal)
+    study = open_study(arguments.journal, to_go_on=arguments.trials > 0)
     if arguments.trials:
         study.optimize(objective, n_trials=arguments.trials)
     show(study)

@@ -15,8 +15,8 @@ def result(recipe, seed, test_acc, seconds):
     history = [{"epoch": i, "test_acc": value, "seconds": seconds} for i, value in enumerate(test_acc, start=1)]
     ends = {"unaugmented_train_accuracy_percent": 90.0 + seed, "test_accuracy_percent": test_acc[-1]}
     kind = {"recipe": recipe, "epochs": len(history), "seed": seed, "data": "some images", "device": "cpu"}
-    where = {"processor": "the CPU", "threads": 2, "type": "torch.b", "hyperparameters": {"images": 50_000}}
-    return kind | where | {"history": history} | ends
+    where = {"processor": "the CPU", "threads": 2, "type": "torch.b"}
+    return kind | where | {"hyperparameters": {"images": 50_000, "seed": seed}, "history": history} | ends
 
 
 @pytest.fixture
@@ -58,3 +58,16 @@ def test_results_are_of_one_device_and_data_set(groups, tmp_path, monkeypatch):
     for number, one in enumerate([*every, every[0] | {"device": "cuda"}, every[0] | {"data": "other images"}]):
         (tmp_path / f"{number}.json").write_text(json.dumps(one))
     assert accuracy.read_results("cpu", "some images") == groups
+    (tmp_path / "0.json").write_text(json.dumps(every[0] | {"hyperparameters": {"images": 50_000, "lr": 1.0}}))
+    with pytest.raises(SystemExit, match="has runs of s9, 80 epochs, of different settings; delete the old ones"):
+        accuracy.read_results("cpu", "some images")
+
+
+@pytest.mark.parametrize("now", [{"lr": 0.2, "cutout": 0.3}, {"lr": 0.1}, {"lr": 0.1, "cutout": 0.3, "decay": "all"}])
+def test_a_result_of_another_recipe_is_refused(now, tmp_path):
+    path = tmp_path / "result.json"
+    then = {"lr": 0.1, "cutout": 0.3}
+    path.write_text(json.dumps({"hyperparameters": then | {"seed": 4, "images": 50_000, "classes": "cat/dog"}}))
+    assert accuracy.read_result(path, then) and accuracy.read_result(tmp_path / "none.json", then) is None
+    with pytest.raises(SystemExit, match=r"is of a run with another (lr|cutout|decay); delete it to train again"):
+        accuracy.read_result(path, now)

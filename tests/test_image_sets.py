@@ -93,7 +93,7 @@ def tags(*entries):
 
 
 @pytest.mark.parametrize("orientation", range(10))
-@pytest.mark.parametrize(("kind", "image"), [("JPEG", COLOUR), ("PNG", GREY16), ("WEBP", COLOUR)])
+@pytest.mark.parametrize(("kind", "image"), [("JPEG", COLOUR), ("PNG", GREY16), ("WEBP", COLOUR), ("TIFF", COLOUR)])
 def test_each_way_of_holding_a_camera(kind, image, orientation):
     photo = through(kind, image, exif=tags((0x0112, 3, 1, bytes([orientation, 0, 0, 0]))))
     np.testing.assert_array_equal(image_sets.to_rgb(photo), image_sets.to_rgb(ImageOps.exif_transpose(photo)))

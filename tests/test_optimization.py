@@ -92,7 +92,7 @@ def test_muon_takes_kernels_without_bias_that_are_neither_depthwise_nor_zero_nor
     *rest, kernels = utils.get_optimizer(model, "MuonSGD", lr=0.3).param_groups
     taken = [first.weight, shared.weight, grouped.weight]
     assert [*map(id, kernels["params"])] == [*map(id, taken)]
-    assert kernels["lr"] == pytest.approx(0.02)  # it follows lr, as in a fine-tuning
+    assert kernels["kernel_scale"] == pytest.approx(0.02 / kernels["lr"])
     assert sum(len(group["params"]) for group in rest) + len(taken) == len(list(model.parameters()))
     for none in (model[-2:], nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1, bias=False))):  # the classifier
         with pytest.raises(ValueError, match="convolutions without bias, and this network has none; take SGD"):
@@ -114,12 +114,20 @@ def test_muon_steps_are_of_the_learning_rate_times_the_norm_and_keep_it():
     wide, tall = nn.Conv2d(4, 8, 3, bias=False), nn.Conv2d(8, 64, 1, bias=False)
     model = nn.Sequential(wide, nn.BatchNorm2d(8), tall, nn.BatchNorm2d(64))
     before = [kernel.weight.detach().clone() for kernel in (wide, tall)]
-    optimizer = utils.get_optimizer(model, "MuonSGD", kernel_lr=0.1, momentum=0.0)
+    optimizer = utils.get_optimizer(model, "MuonSGD", lr=0.5, kernel_lr=0.05, momentum=0.0)
     (model(torch.randn(16, 4, 8, 8)) * torch.randn(16, 64, 6, 6)).sum().backward()
-    optimizer.step()
+    for group in optimizer.param_groups:
+        group["lr"] = 1.0  # one for all groups, as SWALR and learning-rate finders set it
+    assert optimizer.step(torch.is_grad_enabled) is True  # a closure may go backward, and what it returns is returned
     for kernel, old in zip((wide, tall), before):
         torch.testing.assert_close(kernel.weight.norm(), old.norm())
         assert 0.07 < (kernel.weight - old).norm() / old.norm() < 0.13  # singular values are moved to 0.7 to 1.2
+
+
+@pytest.mark.parametrize("negative", ["lr", "momentum", "weight_decay"])
+def test_muon_refuses_negative_numbers(negative):
+    with pytest.raises(ValueError, match=f"{negative}=-0.1 given; MuonSGD takes no negative numbers"):
+        utils.get_optimizer(Model(), "MuonSGD", **{negative: -0.1})
 
 
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8)])
@@ -196,7 +204,9 @@ def test_a_refusal_says_what_there_is_instead(call, words):
     "name, ours, in_batches",
     [
         ("StepLR", {"step_size": 2, "gamma": 0.5}, {"step_size": 6, "gamma": 0.5}),
+        ("StepLR", {"step_size": 1.4}, {"step_size": 4}),  # at the nearest batch
         ("CosineAnnealingLR", {"epochs": 4}, {"T_max": 12}),
+        ("CosineAnnealingWarmRestarts", {"T_0": 2}, {"T_0": 6}),
         ("LinearLR", {"epochs": 20}, {"total_iters": 15}),  # a warm-up: torch's default of 5, taken for epochs
         ("PolynomialLR", {"epochs": 4, "power": 2}, {"total_iters": 12, "power": 2}),
         ("MultiStepLR", {"epochs": 4, "milestones": [1, 3]}, {"milestones": [3, 9]}),

@@ -62,7 +62,7 @@ def test_a_run_too_short_to_rise_and_fall_is_refused():
 def test_weights_decay_unless_muon_sets_their_scale_and_nothing_else_does(name):
     _, model, optimizer, _, _ = prepared(name, 10)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    of_muon = {id(p) for group in optimizer.param_groups if group.get("orthogonal") for p in group["params"]}
+    of_muon = {id(p) for group in optimizer.param_groups if group.get("kernel_scale") for p in group["params"]}
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.bias is None]
     assert of_muon == {id(m.weight) for m in convolutions if m.in_channels > m.groups}
     weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]

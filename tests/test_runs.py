@@ -27,6 +27,11 @@ def network(width=4, **norm):
     return nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width, **norm), nn.Linear(width, 2))
 
 
+def own_network(forward):
+    """The same with a forward of its own."""
+    return type("Own", (nn.Sequential,), {"forward": forward})(*network())
+
+
 def sgd(model):
     return torch.optim.SGD(model.parameters(), 0.2, momentum=0.9)
 
@@ -325,7 +330,12 @@ OTHER_RUNS = [  # (what the run was, what it is now, what the refusal says)
     ),
     ({}, {"network": lambda: network(5)}, ["0.bias of the network was (4,) and is (5,); 0.weight", "more differences"]),
     # Its weights would fit.
-    ({}, {"network": lambda: network(eps=0.001)}, ["a layer was (1): BatchNorm1d(4, eps=1e-05"]),
+    ({}, {"network": lambda: network(eps=0.001)}, ["the network had (1): BatchNorm1d(4, eps=1e-05"]),
+    (
+        {"network": lambda: own_network(lambda self, x: self[2](self[1](self[0](x))))},
+        {"network": lambda: own_network(lambda self, x: self[2](self[1](self[0](x) * 2)))},
+        ["the network had Own.forward "],
+    ),
     ({}, {"optimizer": lambda model: torch.optim.Adam(model.parameters())}, ["the optimizer was 'SGD' and is 'Adam'"]),
     (
         {},
@@ -381,6 +391,18 @@ def test_a_network_that_another_torch_prints_otherwise_is_the_same(tmp_path):
     checkpoint["made_by"]["versions"]["torch"] = "1.13.1"
     torch.save(checkpoint, path)
     assert start(tmp_path)[2][3] == [10.0]
+
+
+def test_a_forward_that_does_the_same_is_the_same_though_its_text_is_another():
+    def forward(self, x):
+        return nn.Sequential.forward(self, x) if x.dtype in (torch.float32, torch.float64) else x
+
+    def commented(self, x):
+        """What it does."""
+        # Why it does it.
+        return nn.Sequential.forward(self, x) if x.dtype in (torch.float32, torch.float64) else x
+
+    assert runs.printed(own_network(forward)) == runs.printed(own_network(commented))
 
 
 def test_a_network_that_prints_an_address_is_the_same_in_the_next_process(tmp_path):
