@@ -147,7 +147,8 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
             their norm does not change.
 
     Raises:
-        ValueError: unknown name, or another value of decay; MuonSGD for a network without such kernels.
+        ValueError: unknown name, or another value of decay; MuonSGD for a network without such kernels, or kernel_lr
+            and lr not both above zero.
     """
     if decay not in ("all", "weights"):
         raise ValueError(f"decay is {decay!r}; weight decay applies to 'all' parameters or to 'weights'")
@@ -161,7 +162,11 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
         options.setdefault("fused", True)
     kernels = []
     if kind is MuonSGD:
-        kernel_scale = options.pop("kernel_lr") / lr if "kernel_lr" in options else 1 / 15
+        kernel_scale = 1 / 15
+        if (kernel_lr := options.pop("kernel_lr", None)) is not None:
+            if lr <= 0 or kernel_lr <= 0:
+                raise ValueError(f"kernel_lr={kernel_lr} is kept as a multiple of lr={lr}; give both above zero")
+            kernel_scale = kernel_lr / lr
         if not (kernels := _muon_kernels(model)):
             raise ValueError("Muon trains convolutions without bias, and this network has none; take SGD instead")
     taken = set(kernels)

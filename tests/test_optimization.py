@@ -130,6 +130,14 @@ def test_muon_refuses_negative_numbers(negative):
         utils.get_optimizer(Model(), "MuonSGD", **{negative: -0.1})
 
 
+@pytest.mark.parametrize(("lr", "kernel_lr"), [(0.0, 0.02), (0.3, 0.0)])
+def test_a_rate_for_kernels_that_is_no_multiple_of_lr_is_refused(lr, kernel_lr):
+    with pytest.raises(
+        ValueError, match=f"kernel_lr={kernel_lr} is kept as a multiple of lr={lr}; give both above zero"
+    ):
+        utils.get_optimizer(Model(), "MuonSGD", lr=lr, kernel_lr=kernel_lr)
+
+
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8)])
 def test_orthogonalized_changes_singular_values_and_not_their_directions(shape):
     u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
