@@ -291,13 +291,13 @@ def post_receptive_field(model, rows, images=None, path=None):
     figure.colorbar(shown, ax=effective, label="mean absolute gradient (largest = 1)")
     ys, xs = np.nonzero(field > 1e-5 * field.max())  # a GPU's convolutions leave rounding errors around it
     left, top, width, height = xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1
-    boxes = [(left, top, width, height, "cyan", f"its whole extent, {width}x{height}")]
+    boxes = [(left, top, width, height, "cyan", f"all that it sees, {width}x{height}")]
     if min(width, height) > 32:
         boxes.append((left + (width - 32) / 2, top + (height - 32) / 2, 32, 32, "white", "an image of 32x32 pixels"))
     for x, y, width, height, color, label in boxes:
         box = plt.Rectangle((x - 0.5, y - 0.5), width, height, fill=False, color=color, label=label)
         effective.add_patch(box)
-    effective.legend(loc="lower right", facecolor="dimgray", labelcolor="white")
+    effective.legend(loc="upper center", ncols=2, fontsize=8, facecolor="dimgray", labelcolor="white")
     effective.set(
         xlabel="x (pixels)",
         ylabel="y (pixels)",

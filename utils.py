@@ -385,7 +385,7 @@ def post_accuracyplots(train_losses, test_losses, train_acc, test_acc, title="",
     rows += [("accuracy", "accuracy (%)", train_acc, test_acc)]
     for (left, right), (what, unit, trained, tested) in zip(axes, rows):
         left.plot(epochs, trained, color="tab:blue", marker=marker)
-        right.plot(epochs, tested, color="tab:orange", marker=marker)
+        right.plot(epochs, tested, color="tab:orange", marker=marker, label="test")
         right.plot(epochs, trained, color="tab:blue", linestyle=":", marker=marker, label="training")
         label = f"most accurate in test: epoch {best + 1}, {test_acc[best]:.2f} %"
         right.plot(best + 1, tested[best], "o", color="black", markersize=5, label=label)
@@ -454,7 +454,7 @@ def post_misclassified(misclassified, label_map, model, title="", path=None):
     titles, pictures = [], []
     for index in picked:
         image, true, predicted = misclassified[index]
-        titles.append(f"{classes[predicted]} ({confidences[index]:.0%})\ntrue: {classes[true]}")
+        titles.append(f"{classes[predicted]} ({confidences[index]:.1%})\ntrue: {classes[true]}")
         pictures.append(get_image_from_tensor(image))
     count = f"{len(misclassified):,} mistakes"
     count += ", the ten surest and ten of the rest" if len(misclassified) > 20 else ""

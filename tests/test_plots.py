@@ -166,8 +166,9 @@ def test_accuracy_curves_and_the_best_test_epoch(epochs):
         assert training.get_ydata().tolist() == expected[name.replace("Test", "Training")]
         assert training.get_color() == axes[name.replace("Test", "Training")].lines[0].get_color() != curve.get_color()
         assert mark.get_xydata().tolist() == [[best + 1, values[best]]]
-        first, second = (text.get_text() for text in axes[name].get_legend().get_texts())
-        assert first == "training" and second == f"most accurate in test: epoch {best + 1}, {history[3][best]:.2f} %"
+        *curves, point = (text.get_text() for text in axes[name].get_legend().get_texts())
+        assert curves == ["test", "training"]
+        assert point == f"most accurate in test: epoch {best + 1}, {history[3][best]:.2f} %"
 
 
 @pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 3, 0, 1), (2, 0, 3, 1), (1, 3, 0, 2)])
@@ -267,14 +268,14 @@ def test_misclassified_names_both_classes_and_the_confidence(count, form, world)
         image, true, predicted = wrong[index]
         assert close(pixels, utils.get_image_from_tensor(image))
         percent = confidence(world.model, image, predicted)
-        assert title == f"{NAMES[predicted]} ({percent:.0f}%)\ntrue: {NAMES[true]}"
+        assert title == f"{NAMES[predicted]} ({percent:.1f}%)\ntrue: {NAMES[true]}"
 
 
 def test_misclassified_confidence_is_that_of_the_class_it_names(world):
     image, true, _ = world.wrong[0]
     least = int(world.model(image[None]).argmin())  # as when the weights have changed since the test
     ((_, title),) = shown(utils.post_misclassified([(image, true, least)], LABEL_MAP, world.model))
-    assert title.startswith(f"{NAMES[least]} ({confidence(world.model, image, least):.0f}%)")
+    assert title.startswith(f"{NAMES[least]} ({confidence(world.model, image, least):.1f}%)")
 
 
 def counts(figure):
