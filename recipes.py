@@ -54,6 +54,8 @@ RECIPES = {
     # The second network; the longer it trains, the more augmentation it takes.
     "resnet": RESNET | {"epochs": 48, "transforms": RESNET["transforms"] | {"shift_scale_rotate": 0.3, "cutout": 0.3}},
     "resnet-quick": RESNET,
+    "resnet-long": RESNET
+    | {"epochs": 200, "transforms": RESNET["transforms"] | {"shift_scale_rotate": 0.5, "cutout": 0.5}},
 }
 
 
