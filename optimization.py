@@ -91,22 +91,29 @@ class MuonSGD(optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                gradient = parameter.grad.add(parameter, alpha=group["weight_decay"])
-                state = self.state[parameter]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
-                step = gradient.add(momentum, alpha=group["momentum"])
-                if group["kernel_scale"]:
-                    step, norm = orthogonalized(step.flatten(1)), parameter.norm()
-                    step = step.reshape(parameter.shape) * (norm / min(step.shape) ** 0.5)
-                    parameter.sub_(step, alpha=group["kernel_scale"] * group["lr"])
-                    parameter.mul_(norm / parameter.norm())
-                else:
-                    parameter.sub_(step, alpha=group["lr"])
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            for parameter in parameters:
+                if "momentum_buffer" not in self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            # torch._foreach, as torch's own optimizers: on a GPU one kernel for all parameters, not one for each.
+            gradients = torch._foreach_add([p.grad for p in parameters], parameters, alpha=group["weight_decay"])
+            momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, gradients)
+            torch._foreach_add_(gradients, momenta, alpha=group["momentum"])
+            if not group["kernel_scale"]:
+                torch._foreach_add_(parameters, gradients, alpha=-group["lr"])
+                continue
+            norms = torch._foreach_norm(parameters)
+            steps = [orthogonalized(gradient.flatten(1)) for gradient in gradients]
+            steps = [
+                step.view_as(parameter) * (norm / min(step.shape) ** 0.5)
+                for step, parameter, norm in zip(steps, parameters, norms)
+            ]
+            torch._foreach_add_(parameters, steps, alpha=-group["kernel_scale"] * group["lr"])
+            torch._foreach_mul_(parameters, torch._foreach_div(norms, torch._foreach_norm(parameters)))
         return loss
 
 
@@ -117,7 +124,7 @@ def orthogonalized(matrix):
     x = wide / (wide.norm() + 1e-7)
     for _ in range(5):
         gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if wide is not matrix else x
 
 
