@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
+from torch.nn.utils.rnn import pad_sequence
 
 
 def _named(name, what, choices):
@@ -107,25 +108,33 @@ class MuonSGD(optim.Optimizer):
                 torch._foreach_add_(parameters, gradients, alpha=-group["lr"])
                 continue
             norms = torch._foreach_norm(parameters)
-            steps = [orthogonalized(gradient.flatten(1)) for gradient in gradients]
-            steps = [
-                step.view_as(parameter) * (norm / min(step.shape) ** 0.5)
-                for step, parameter, norm in zip(steps, parameters, norms)
-            ]
+            steps = orthogonalized([gradient.flatten(1) for gradient in gradients])
+            lengths = [norm / min(step.shape) ** 0.5 for norm, step in zip(norms, steps)]
+            steps = [step.view_as(parameter) * length for step, parameter, length in zip(steps, parameters, lengths)]
             torch._foreach_add_(parameters, steps, alpha=-group["kernel_scale"] * group["lr"])
             torch._foreach_mul_(parameters, torch._foreach_div(norms, torch._foreach_norm(parameters)))
         return loss
 
 
-def orthogonalized(matrix):
-    """The matrix with its singular values, but for tiny ones, moved to 0.7 to 1.2: five Newton-Schulz steps."""
+def orthogonalized(matrices):
+    """The matrices with their singular values, but for tiny ones, moved to 0.7 to 1.2: five Newton-Schulz steps.
+
+    Those whose shorter sides are equally long are computed together, padded with zeros, which stay zeros.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's: steep at zero, which matters more than to end at exactly 1
-    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = wide / (wide.norm() + 1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if wide is not matrix else x
+    tall = [matrix.T if matrix.shape[0] < matrix.shape[1] else matrix for matrix in matrices]
+    batches = {}
+    for index, matrix in enumerate(tall):
+        batches.setdefault((matrix.shape[1], matrix.dtype, matrix.device), []).append(index)
+    for indices in batches.values():
+        x = pad_sequence([tall[index] for index in indices], batch_first=True)
+        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        for _ in range(5):
+            gram = x.mT @ x
+            x = torch.baddbmm(x, x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), beta=a)
+        for index, done in zip(indices, x):
+            tall[index] = done[: len(tall[index])]
+    return [done if done.shape == matrix.shape else done.T for done, matrix in zip(tall, matrices)]
 
 
 def _muon_kernels(model):

@@ -128,8 +128,9 @@ def measure_loading(variant, device, train_set, test_set):
 def measure_step(variant, device, train_set, test_set):
     """Training steps on tensors that are on the device already.
 
-    "no dropout" is this project's step without dropout, "compiled", on a GPU, the one through torch.compile;
-    "first_seconds" is what the unmeasured round takes, in which it is compiled.
+    "no dropout" is this project's step without dropout. On a GPU, "compiled" is the one through torch.compile, and
+    "contiguous" the one that is not in channels_last memory. "first_seconds" is what the unmeasured round takes, in
+    which it is compiled.
     """
     steps = 100 if device.type == "cuda" else 8
     generator = torch.Generator().manual_seed(0)
@@ -146,7 +147,10 @@ def measure_step(variant, device, train_set, test_set):
         batches = [(images, labels)] * steps
         model = Model(0 if variant == "no dropout" else 0.05).to(device)
         optimizer = utils.get_optimizer(model, lr=0.05)
-        model = torch.compile(model) if variant == "compiled" else model
+        if variant == "compiled":
+            model.compile(mode="reduce-overhead")
+        if variant == "contiguous":
+            model.register_forward_hook(lambda *_: None)  # for all that `train` knows, it minds the layout
         run = functools.partial(utils.train, model, device, batches, optimizer, utils.get_loss(), [], [])
     first_seconds = seconds_of(run, device)
     return {"first_seconds": first_seconds, "images_per_second": steps * BATCH_SIZE / seconds_of(run, device)}
@@ -279,16 +283,20 @@ def main():
 
     sizes = [f"--train-images={arguments.train_images}", f"--test-images={arguments.test_images}"]
     both = ["reference", "ours"]
-    compiled = ["compiled"] if device.type == "cuda" else []
+    cuda = device.type == "cuda"
     loading = take_turns("loading", both, arguments.repeats, sizes)
-    steps = take_turns("step", [*both, "no dropout", *compiled], arguments.repeats, sizes)
-    busy = take_turns("busy", both, arguments.repeats, sizes)
+    steps = take_turns(
+        "step", [*both, *(["compiled", "contiguous"] if cuda else ["no dropout"])], arguments.repeats, sizes
+    )
+    busy = {} if cuda else take_turns("busy", both, arguments.repeats, sizes)
     epochs = take_turns("epoch", [*both, "tuned", "resnet"], max(1, arguments.repeats // 2), sizes)
     dtype = utils.autocast_dtype(device)
     matrix = best_matrix_product(device, dtype)
     root = str(pathlib.Path(__file__).parent.parent)
     clock = f"import sys, time; start = time.perf_counter(); sys.path.insert(0, {root!r})\n{FIRST_BATCH}"
-    start_up = statistics.median(in_a_process("-c", clock + "print(time.perf_counter() - start)") for _ in range(3))
+    start_up = statistics.median(
+        in_a_process("-c", clock + "print(time.perf_counter() - start)") for _ in range(min(3, arguments.repeats))
+    )
 
     def column(rows, quantity):
         return {variant: row[quantity] for variant, row in rows.items()}
@@ -310,7 +318,7 @@ def main():
         "best_matrix_product_flops_per_second": matrix,
         "peak_resident_megabytes": column(epochs, "peak_megabytes"),
         "seconds_from_import_to_first_batch": start_up,
-        "seconds_of_compiling": steps["compiled"]["first_seconds"] if compiled else None,
+        "seconds_of_compiling": steps["compiled"]["first_seconds"] if cuda else None,
     }
     name = re.sub(r"\W+", "-", f"speed {result['device']} {str(dtype).removeprefix('torch.')}".lower())
     write_atomically(RESULTS / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
@@ -323,12 +331,15 @@ def print_table():
 
     def compared(key, rates=lambda result, value: value):
         def cell(result):
-            if key not in result:  # of before it was measured
+            if not result.get(key):  # not measured on this device
                 return ""
             ours, plain = (rates(result, result[key][variant]) for variant in ("ours", "reference"))
             return f"{ours:,.0f} ({ours / plain:.1f})"
 
         return cell
+
+    def step_rate(variant):
+        return lambda result: f"{rate:,.0f}" if (rate := result["step_images_per_second"].get(variant)) else ""
 
     def epoch_rate(result, seconds):
         return (result["train_images"] + result["test_images"]) / seconds
@@ -357,7 +368,10 @@ def print_table():
         "share of the epoch that waits for data": lambda r: f"{r['share_of_epoch_waiting_for_data']:.1%}",
         "peak resident memory, MB (times the plain loop's)": compared("peak_resident_megabytes"),
         "from import to the first batch, s": lambda r: f"{r['seconds_from_import_to_first_batch']:.1f}",
-        "the step without dropout, images/s": lambda r: f"{r['step_images_per_second']['no dropout']:,.0f}",
+        "the step without dropout, images/s": step_rate("no dropout"),
+        "the step through torch.compile, images/s": step_rate("compiled"),
+        "its first round, which compiles, s": lambda r: f"{s:.0f}" if (s := r.get("seconds_of_compiling")) else "",
+        "the step in contiguous memory, images/s": step_rate("contiguous"),
         "time of `resnet`, in that of `tuned`": times("resnet", "resnet", "tuned", "tuned"),
         "time of the plain loop, in that of `resnet-quick`": times("reference", "s9", "resnet", "resnet-quick"),
         "the step's share of the best matrix product's FLOP/s": lambda r: (

@@ -75,10 +75,13 @@ def test_copies_and_graphs_compute_the_same(make):
 def test_train_and_test_take_what_such_tools_make(names, wrap):
     torch.manual_seed(0)
     model = Model(dropout_value=0.0)
-    network, batch = wrap(model), [(torch.randn(8, 3, 32, 32), torch.arange(8))]
-    before, losses = F.nll_loss(model(batch[0][0]), batch[0][1]).item(), []
+    batch, losses, device = [(torch.randn(8, 3, 32, 32), torch.arange(8))], [], "cpu"
+    before = F.nll_loss(model(batch[0][0]), batch[0][1]).item()
+    if wrap is nn.DataParallel:  # which takes GPUs wherever there are some
+        model.to(device := names.best_device())
+    network = wrap(model)
     for _ in range(5):
-        names.train(network, "cpu", batch, names.get_optimizer(network, lr=0.1), names.get_loss(), losses)
+        names.train(network, device, batch, names.get_optimizer(network, lr=0.1), names.get_loss(), losses)
     assert losses[0] == pytest.approx(before, rel=0.05) and losses[-1] < losses[0] / 1.5
-    names.test(network, "cpu", batch, names.get_loss())
+    names.test(network, device, batch, names.get_loss())
     assert not network.training

@@ -74,7 +74,7 @@ def test_muon_makes_steps_of_kernels_orthogonal_and_is_sgd_for_the_rest():
         muon.step()
         sgd.step()
         muon.zero_grad()
-        kernel -= 0.5 * orthogonalized(nesterov).reshape(kernel.shape) * norm / 6**0.5
+        kernel -= 0.5 * orthogonalized([nesterov])[0].reshape(kernel.shape) * norm / 6**0.5
         kernel *= norm / kernel.norm()
         torch.testing.assert_close(model[0].weight.detach(), kernel)
     for ours, theirs in list(zip(model.parameters(), twin.parameters()))[1:]:
@@ -141,7 +141,12 @@ def test_a_rate_for_kernels_that_is_no_multiple_of_lr_is_refused(lr, kernel_lr):
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8)])
 def test_orthogonalized_changes_singular_values_and_not_their_directions(shape):
     u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
-    turned = u.T @ orthogonalized(7 * u @ torch.logspace(-1.5, 0, 8, dtype=torch.float64).diag() @ v) @ v.T
+    matrix = 7 * u @ torch.logspace(-1.5, 0, 8, dtype=torch.float64).diag() @ v
+    # Beside others, wider and narrower, of the same and of another shorter side.
+    others = [torch.randn(size, dtype=torch.float64) for size in ((40, 8), (8, 8), (6, 20))]
+    done = orthogonalized([others[0], matrix, *others[1:]])
+    assert [one.shape for one in done] == [one.shape for one in (others[0], matrix, *others[1:])]
+    turned = u.T @ done[1] @ v.T
     assert 0.6 < turned.diag().min() < turned.diag().max() < 1.3
     assert (turned - turned.diag().diag()).abs().max() < 1e-9
 

@@ -355,8 +355,9 @@ def test_receptive_field_layer_by_layer_and_as_it_is(wrap):
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1)]
     model = wrap(nn.Sequential(*layers))
+    images = torch.rand(2, 3, 31, 31).to(next(model.parameters()).device)  # DataParallel takes a GPU if there is one
     with torch.no_grad():
-        figure = utils.post_receptive_field(model, receptive_field(model), torch.rand(2, 3, 31, 31))
+        figure = utils.post_receptive_field(model, receptive_field(model), images)
     growth, effective = figure.axes[:2]
     assert [bar.get_width() for bar in growth.patches] == [3, 7] and growth.yaxis_inverted()
     assert [text.get_text() for text in growth.texts] == ["3", "7"]
