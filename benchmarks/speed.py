@@ -97,7 +97,7 @@ def fast_loader(image_set, transforms, batch_size, shuffle):
         batch_size,
         sampler=SeededSampler(sampler),
         collate_fn=as_batch,
-        num_workers=4 if torch.cuda.is_available() else 0,
+        num_workers=2 if torch.cuda.is_available() else 0,
         pin_memory=torch.cuda.is_available(),
     )
 
