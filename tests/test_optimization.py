@@ -81,6 +81,18 @@ def test_muon_makes_steps_of_kernels_orthogonal_and_is_sgd_for_the_rest():
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("frozen", ["0.weight", "1.weight"])  # all of a group, one of several
+def test_muon_leaves_alone_what_has_no_gradient(frozen):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 4))
+    model.get_parameter(frozen).requires_grad = False
+    before = copy.deepcopy(dict(model.named_parameters()))
+    optimizer = utils.get_optimizer(model, "MuonSGD")
+    utils.get_loss("cross_entropy")(model(torch.randn(8, 3, 8, 8)), torch.arange(8) % 4).backward()
+    optimizer.step()
+    unchanged = {name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])}
+    assert unchanged == {frozen}
+
+
 def test_muon_takes_kernels_without_bias_that_are_neither_depthwise_nor_zero_nor_computed():
     first, (shared, tied, zero) = nn.Conv2d(1, 4, 3, bias=False), (nn.Conv2d(4, 4, 1, bias=False) for _ in range(3))
     tied.weight = shared.weight
@@ -141,14 +153,17 @@ def test_a_rate_for_kernels_that_is_no_multiple_of_lr_is_refused(lr, kernel_lr):
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8)])
 def test_orthogonalized_changes_singular_values_and_not_their_directions(shape):
     u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
-    matrix = 7 * u @ torch.logspace(-1.5, 0, 8, dtype=torch.float64).diag() @ v
-    # Beside others, wider and narrower, of the same and of another shorter side.
-    others = [torch.randn(size, dtype=torch.float64) for size in ((40, 8), (8, 8), (6, 20))]
-    done = orthogonalized([others[0], matrix, *others[1:]])
-    assert [one.shape for one in done] == [one.shape for one in (others[0], matrix, *others[1:])]
-    turned = u.T @ done[1] @ v.T
+    (done,) = orthogonalized([7 * u @ torch.logspace(-1.5, 0, 8, dtype=torch.float64).diag() @ v])
+    turned = u.T @ done @ v.T
     assert 0.6 < turned.diag().min() < turned.diag().max() < 1.3
     assert (turned - turned.diag().diag()).abs().max() < 1e-9
+
+
+def test_orthogonalized_of_many_is_that_of_each():
+    matrices = [torch.randn(shape) for shape in ((8, 40), (9, 8), (8, 8), (20, 6), (8, 40))]
+    matrices[-1] = matrices[-1].double()
+    for together, matrix in zip(orthogonalized(matrices), matrices):
+        torch.testing.assert_close(together, orthogonalized([matrix])[0])
 
 
 WEIGHTED = {"weight": torch.tensor([1.0, 2, 3, 4]), "ignore_index": 1}
