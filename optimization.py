@@ -70,13 +70,13 @@ class MuonSGD(optim.Optimizer):
     normalisation only its direction matters.
 
     Args:
-        params: parameters or groups; those of groups with a `kernel_scale` have at least two dimensions and are not
-            all zero.
-        lr: the same for all groups, for whatever sets it; a step of Muon is kernel_scale * lr times as long as the
-            kernel.
+        params: float32 parameters or groups; those of groups with a `kernel_scale` have at least two dimensions.
+        lr: one for all groups, so that a scheduler can set it; a step of Muon is kernel_scale * lr times as long as
+            the kernel.
+        weight_decay: for groups without a `kernel_scale`; give the others 0, as it would only turn their steps.
 
     Raises:
-        ValueError: a negative number.
+        ValueError: a negative argument.
     """
 
     def __init__(self, params, lr=0.01, momentum=0.9, weight_decay=0.0):
@@ -98,7 +98,7 @@ class MuonSGD(optim.Optimizer):
             for parameter in parameters:
                 if "momentum_buffer" not in self.state[parameter]:
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            # torch._foreach, as torch's own optimizers: on a GPU one kernel for all parameters, not one for each.
+            # torch._foreach, as torch's own optimizers: on a GPU few kernels for all parameters, not some for each.
             gradients = torch._foreach_add([p.grad for p in parameters], parameters, alpha=group["weight_decay"])
             momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
             torch._foreach_mul_(momenta, group["momentum"])
@@ -112,7 +112,9 @@ class MuonSGD(optim.Optimizer):
             lengths = [norm / min(step.shape) ** 0.5 for norm, step in zip(norms, steps)]
             steps = [step.view_as(parameter) * length for step, parameter, length in zip(steps, parameters, lengths)]
             torch._foreach_add_(parameters, steps, alpha=-group["kernel_scale"] * group["lr"])
-            torch._foreach_mul_(parameters, torch._foreach_div(norms, torch._foreach_norm(parameters)))
+            after = torch._foreach_norm(parameters)
+            torch._foreach_clamp_min_(after, 1e-30)  # a kernel that has become zero stays so
+            torch._foreach_mul_(parameters, torch._foreach_div(norms, after))
         return loss
 
 

@@ -93,6 +93,15 @@ def test_muon_leaves_alone_what_has_no_gradient(frozen):
     assert unchanged == {frozen}
 
 
+def test_a_kernel_that_becomes_zero_stays_zero():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 4))
+    optimizer = utils.get_optimizer(model, "MuonSGD")
+    nn.init.zeros_(model[0].weight)
+    utils.get_loss("cross_entropy")(model(torch.randn(8, 3, 8, 8)), torch.arange(8) % 4).backward()
+    optimizer.step()
+    assert not model[0].weight.any()  # and so no NaN either
+
+
 def test_muon_takes_kernels_without_bias_that_are_neither_depthwise_nor_zero_nor_computed():
     first, (shared, tied, zero) = nn.Conv2d(1, 4, 3, bias=False), (nn.Conv2d(4, 4, 1, bias=False) for _ in range(3))
     tied.weight = shared.weight

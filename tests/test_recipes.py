@@ -75,7 +75,7 @@ def test_weights_decay_unless_muon_sets_their_scale_and_nothing_else_does(name):
 def test_training_images_are_augmented_by_the_rules(name):
     transforms = utils.get_train_transforms(**RECIPES[name]["transforms"])
     fires = {type(transform): transform.p for transform in transforms.transforms}
-    if name == "s9" or RECIPES[name]["model"] != "Model":  # the shorter ways to train S9 go without some
+    if name == "s9" or RECIPES[name]["model"] != "Model":  # the other ways to train S9 go without some
         assert all(fires[kind] > 0 for kind in (A.HorizontalFlip, ShiftScaleRotate, A.CoarseDropout))
     assert isinstance(transforms, A.Compose) and fires[A.HorizontalFlip] > 0
 
