@@ -1,4 +1,4 @@
-"""Recipes: everything that decides how a network is trained, in one table, and what is made of one.
+"""Recipes: everything that decides how a network is trained, in one table, and what builds a run from one.
 
 The values are the arguments of the network, the loaders, `get_train_transforms`, `get_optimizer`, `get_scheduler` and
 `get_loss`. `RECIPE` in the notebook names one.
