@@ -1,9 +1,10 @@
-"""Does the fast path learn as well as the plain loop? A recipe of S9, both ways, at several seeds.
+"""Does the fast path learn as well as the plain loop? The runs of accuracy.py beside runs of the plain loop.
 
-    python benchmarks/parity.py --recipe short --seeds 1 2 3
+    python benchmarks/accuracy.py --recipes short --seeds 4 5 6 7 8
+    python benchmarks/parity.py --recipe short --seeds 4 5 6
 
-Each run leaves one JSON in benchmarks/results/parity, and a run whose file is there is not repeated, so an interrupted
-study goes on. It ends with a table of both.
+A run of the plain loop that has a JSON in benchmarks/results/parity is not repeated; one that was interrupted goes on
+after its last epoch, from runs/parity. It ends with a table of both.
 """
 
 import argparse
@@ -11,85 +12,70 @@ import json
 import pathlib
 import statistics
 import sys
-import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import devices  # noqa: F401
 
 import reference
-import torch
-from accuracy import mean_and_spread, read_result
+from accuracy import ROOT, mean_and_spread, read_result, read_results, run_name
+from speed import processor
 
 import utils
 from image_sets import load_images
 from output import write_atomically
 from recipes import RECIPES, flatten_recipe
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "parity"
+RESULTS = ROOT / "benchmarks" / "results" / "parity"
 
 
-def run(variant, recipe, device):
-    """Yield (training loss, training accuracy, test loss, test accuracy) after each epoch."""
+def train_recipe(name, epochs, seed, device):
+    """One run of the plain loop, with the network, optimizer, scheduler and loss of the recipe."""
+    recipe = utils.get_recipe(name) | {"epochs": epochs}
+    train_set, test_set = load_images("cifar10", "train"), load_images("cifar10", "test")
     transforms = utils.get_train_transforms(**recipe["transforms"])
-    if variant == "plain loop":
-        images = load_images("cifar10", "train"), load_images("cifar10", "test")
-        train_loader, test_loader = reference.get_loaders(*images, device, recipe["batch_size"], transforms)
-    else:
-        options = {"batch_size": recipe["batch_size"]}
-        _, train_loader = utils.get_CIFARdataset_with_loader("train", options, transforms=transforms)
-        _, test_loader = utils.get_CIFARdataset_with_loader("test", options)
+    train_loader, test_loader = reference.get_loaders(train_set, test_set, device, recipe["batch_size"], transforms)
+    run = utils.Run(run_name(name, epochs, seed, device.type), data=train_set.name, root=ROOT / "runs" / "parity")
+    utils.seed_everything(seed)
     model = utils.build_model(recipe).to(device)
     optimizer, scheduler, criterion = utils.build_training(recipe, model, len(train_loader))
-    for _ in range(recipe["epochs"]):
-        if variant == "plain loop":
-            trained = reference.train(model, device, train_loader, optimizer, criterion, scheduler)
-            yield *trained, *reference.test(model, device, test_loader, criterion)
-        else:
-            lists = [], [], [], []
-            utils.train(model, device, train_loader, optimizer, criterion, *lists[:2], scheduler)
-            utils.test(model, device, test_loader, criterion, *lists[2:])
-            yield [values[0] for values in lists]
+    settings = flatten_recipe(recipe) | {"dataset": test_set.name, "seed": seed}
+    train_losses, train_acc, test_losses, test_acc = run.resume(settings, model, optimizer, scheduler)
+    with run:
+        for _ in range(len(train_losses), epochs):
+            loss, accuracy = reference.train(model, device, train_loader, optimizer, criterion, scheduler)
+            train_losses.append(loss), train_acc.append(accuracy)
+            loss, accuracy = reference.test(model, device, test_loader, criterion)
+            test_losses.append(loss), test_acc.append(accuracy)
+            run.save(train_losses, train_acc, test_losses, test_acc)
+            utils.post_progress(run)
+    summary = json.loads((run / "run.json").read_text())
+    made_by = {key: summary[key] for key in ("device", "threads", "versions", "hyperparameters")}
+    return {"processor": processor()} | made_by | {"history": run.history}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", choices=RECIPES, default="short")
     parser.add_argument("--epochs", type=int, help="by default the recipe's own")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[4, 5, 6])
     arguments = parser.parse_args()
-    recipe, device = utils.get_recipe(arguments.recipe), utils.best_device()
-    recipe["epochs"] = arguments.epochs or recipe["epochs"]
-    hyperparameters = flatten_recipe(recipe) | {"dataset": load_images("cifar10", "test").name}
+    recipe, device = arguments.recipe, utils.best_device()
+    epochs, data = arguments.epochs or RECIPES[recipe]["epochs"], load_images("cifar10", "test").name
     RESULTS.mkdir(parents=True, exist_ok=True)
-    study = f"{arguments.recipe}-{device.type}-epochs{recipe['epochs']}"
-    accuracies = {"plain loop": [], "this project": []}
+    plain = []
     for seed in arguments.seeds:
-        for variant, finals in accuracies.items():
-            path = RESULTS / f"{study}-{variant.replace(' ', '-')}-seed{seed}.json"
-            if not (result := read_result(path, hyperparameters)):
-                utils.seed_everything(seed)
-                start, history = time.perf_counter(), []
-                for row in run(variant, recipe, device):
-                    history.append(dict(zip(("train_loss", "train_acc", "test_loss", "test_acc"), row)))
-                    print(variant, "seed", seed, "epoch", len(history), history[-1], flush=True)
-                result = {
-                    "variant": variant,
-                    "hyperparameters": hyperparameters,
-                    "seed": seed,
-                    "device": device.type,
-                    "torch": torch.__version__,
-                    "minutes": round((time.perf_counter() - start) / 60, 2),
-                    "history": history,
-                }
-                write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
-            finals.append(result["history"][-1]["test_acc"])
+        path = RESULTS / f"{run_name(recipe, epochs, seed, device.type)}.json"
+        if not (result := read_result(path, flatten_recipe(RECIPES[recipe]) | {"epochs": epochs, "dataset": data})):
+            result = train_recipe(recipe, epochs, seed, device)
+            write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+        plain.append(result["history"][-1]["test_acc"])
 
-    print(f"\n{arguments.recipe}, {recipe['epochs']} epochs\n\n| | seeds | test accuracy, % |\n| --- | --- | --- |")
-    for variant, finals in accuracies.items():
-        print(f"| {variant} | {len(finals)} | {mean_and_spread(finals)} |")
-    if len(arguments.seeds) > 1:
-        plain, ours = accuracies.values()
+    ours = [r["test_accuracy_percent"] for r in read_results(device.type, data).get((recipe, epochs), ())]
+    print(f"\n{data}: {recipe}, {epochs} epochs\n\n| | seeds | test accuracy, % |\n| --- | --- | --- |")
+    for name, accuracies in ("plain loop", plain), ("this project", ours):
+        print(f"| {name} | {len(accuracies)} | {mean_and_spread(accuracies)} |")
+    if min(len(plain), len(ours)) > 1:
         error = (statistics.variance(plain) / len(plain) + statistics.variance(ours) / len(ours)) ** 0.5
         print(f"\ndifference {statistics.mean(ours) - statistics.mean(plain):+.2f}, standard error {error:.2f}")
 
