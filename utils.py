@@ -399,7 +399,10 @@ def post_accuracyplots(train_losses, test_losses, train_acc, test_acc, title="",
 
 
 def post_progress(run):
-    """The epochs of a run so far: in a notebook a table and the curves, which grow in place, else a line per epoch."""
+    """The epochs of a run so far: in a notebook a table and the curves, which grow in place, else a line per epoch.
+
+    At the end of the run, in a notebook all along, the curves are in its folder, as curves.png.
+    """
     if rank() or not run.history:
         return
     epochs = run.hyperparameters.get("epochs", len(run.history))
@@ -410,7 +413,12 @@ def post_progress(run):
         f"lr {row['lr']:.4g}   {row['seconds']:.1f} s"
         for row in run.history
     ]
-    if not in_notebook():
+    live = in_notebook()
+    if live or len(lines) >= epochs:  # to draw takes a second, too long for every epoch of a log
+        columns = [[row[key] for row in run.history] for key in ("train_loss", "test_loss", "train_acc", "test_acc")]
+        figure = post_accuracyplots(*columns, title=f"{run}, epoch {len(lines)} of {epochs}", path=run / "curves.png")
+        plt.close(figure)  # or a notebook would show it once more at the end of the cell
+    if not live:
         print(f"{lines[-1]}, {left:.0f} min left", flush=True)
         return
     from IPython.display import display
@@ -418,9 +426,6 @@ def post_progress(run):
     step = -(-epochs // 16)  # so that nobody has to scroll
     shown = [line for number, line in enumerate(lines, start=1) if number in (1, len(lines)) or number % step == 0]
     table = "\n".join([*shown, f"{left:.0f} min left" if len(lines) < epochs else ""])
-    columns = [[row[key] for row in run.history] for key in ("train_loss", "test_loss", "train_acc", "test_acc")]
-    figure = post_accuracyplots(*columns, title=f"{run}, epoch {len(lines)} of {epochs}", path=run / "curves.png")
-    plt.close(figure)  # or the cell would show it once more at its end
     for part, content in (("table", {"text/plain": table}), ("curves", figure)):
         handle = f"{part} of {id(run)}"
         new = handle not in run.displays

@@ -211,6 +211,8 @@ def test_progress_in_a_log_is_a_line_per_epoch(tmp_path, capsys):
     )
     assert lines[2].endswith(", 77 min left")  # 77 epochs of 60 seconds in the mean
     assert not os.listdir(tmp_path)
+    utils.post_progress(RunOf80(tmp_path, 80))
+    assert os.listdir(tmp_path) == ["curves.png"] and not plt.get_fignums()
 
 
 def test_progress_in_a_notebook_is_one_table_and_one_picture_in_place(tmp_path, capsys, monkeypatch):
