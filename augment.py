@@ -230,12 +230,25 @@ class ImageBatches(Dataset):
     Args:
         image_set: an `image_sets.ImageSet`, whose attributes this has too.
         transforms: an `albumentations.Compose`.
+
+    Raises:
+        TypeError: transforms of another kind, now or when they are set.
     """
 
     def __init__(self, image_set, transforms):
         self.images, self.labels = image_set.images, image_set.labels
         self.classes, self.name, self.source = image_set.classes, image_set.name, image_set.source
         self.transforms = transforms
+
+    @property
+    def transforms(self):
+        return self._transforms
+
+    @transforms.setter
+    def transforms(self, given):
+        if not isinstance(given, (A.BaseCompose, A.BasicTransform)):
+            raise TypeError(f"transforms is a {type(given).__name__}; it must be an albumentations.Compose")
+        self._transforms = given
 
     # torchvision's names of the same
     data = property(lambda self: self.images, lambda self, images: setattr(self, "images", images))

@@ -191,7 +191,7 @@ def check_scheduler(scheduler, optimizer, loader):
     """The scheduler, if there is one, counts the batches of this optimizer, and nobody else steps it."""
     batches = operator.length_hint(loader)  # 0 where the loader does not know
     if scheduler is None:
-        forgotten = getattr(optimizer, "batch_scheduler", None)
+        forgotten = getattr(optimizer, "batch_scheduler", lambda: None)()
         if forgotten is not None and batches > 1 and not hasattr(forgotten, "stepped_to"):
             raise ValueError(
                 f"the optimizer's {type(forgotten).__name__} counts batches, and train was not given it: "
@@ -229,12 +229,14 @@ def check_scheduler(scheduler, optimizer, loader):
 
 def checked_batch(batch):
     """(images, labels), if a network can take them; torch's own errors are less clear, on a GPU some are missing."""
-    images, labels = batch
-    if not (isinstance(images, torch.Tensor) and isinstance(labels, torch.Tensor)):
+    parts = [batch] if isinstance(batch, (torch.Tensor, dict)) else [*batch]
+    if len(parts) != 2 or not all(isinstance(part, torch.Tensor) for part in parts):
+        kinds = " and ".join(f"a {type(part).__name__}" for part in parts[:5])
         raise TypeError(
-            f"the loader gave a {type(images).__name__} and a {type(labels).__name__}; a batch is a pair of tensors "
-            "(images, labels), such as torch.utils.data.DataLoader makes"
+            f"the loader gave {kinds}; a batch is a pair of tensors (images, labels), such as "
+            "torch.utils.data.DataLoader makes"
         )
+    images, labels = parts
     matching = len(images) > 0 and labels.shape == images.shape[:1]
     if not images.is_floating_point() or labels.dtype != torch.int64 or not matching:
         raise ValueError(

@@ -42,13 +42,26 @@ def faster_layers(model, device):
             elif type(module) is nn.Dropout and 0 < module.p < 0.99 and not module.inplace:
                 forward = _dropout  # nearer to 1, the table of quantiles is too coarse for the last survivors
             if forward and "forward" not in vars(module):  # unless some library has replaced it
-                module.forward = functools.partial(forward, module)
+                module.forward = _Faster(module, forward)
                 changed.append(module)
     try:
         yield
     finally:
         for module in changed:
             del module.forward
+
+
+class _Faster:
+    """A forward in place of a module's own, which a copy or a pickle of the module does not take over."""
+
+    def __init__(self, module, forward):
+        self.module, self.forward = module, forward
+
+    def __call__(self, x):
+        return self.forward(self.module, x)
+
+    def __reduce__(self):
+        return getattr, (self.module, "forward")  # by then of a module without this
 
 
 def _depthwise(conv, x):
@@ -68,32 +81,25 @@ def _depthwise(conv, x):
 def _dropout(dropout, x):
     if not dropout.training or not x.is_floating_point():
         return nn.Dropout.forward(dropout, x)
-    return _DropPositions.apply(x, dropout.p)
+    return _DropPositions.apply(x, _dropped_positions(x.numel(), dropout.p), 1 / (1 - dropout.p))
 
 
 class _DropPositions(torch.autograd.Function):
     """Dropout by positions: at p = 0.05 one draw serves twenty units, as survivors come in geometric runs."""
 
     @staticmethod
-    def forward(ctx, x, p):
-        positions = _dropped_positions(x.numel(), p)
+    def forward(ctx, x, positions, scale, strides=None):
+        # Positions count along the memory of the output, so the gradient needs the same layout, whatever it comes in.
+        strides = strides or torch.empty_like(x).stride()
+        scaled = torch.mul(x, scale, out=torch.empty_strided(x.shape, strides, dtype=x.dtype))
+        scaled.as_strided((scaled.numel(),), (1,)).index_fill_(0, positions, 0)
         ctx.save_for_backward(positions)
-        scaled = x * (1 / (1 - p))
-        ctx.scale, ctx.strides = 1 / (1 - p), scaled.stride()
-        return _zero(scaled, positions)
+        ctx.scale, ctx.strides = scale, strides
+        return scaled
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        # Positions count along the memory of the output, so the gradient needs the same layout, whatever it comes in.
-        scaled = torch.empty_strided(gradient.shape, ctx.strides, dtype=gradient.dtype)
-        torch.mul(gradient, ctx.scale, out=scaled)
-        return _zero(scaled, *ctx.saved_tensors), None
-
-
-def _zero(dense, positions):
-    dense.as_strided((dense.numel(),), (1,)).index_fill_(0, positions, 0)
-    return dense
+    def backward(ctx, gradient):  # the same, so that it can be differentiated again
+        return _DropPositions.apply(gradient, *ctx.saved_tensors, ctx.scale, ctx.strides), None, None, None
 
 
 def _dropped_positions(n, p):

@@ -287,7 +287,8 @@ def get_scheduler(optimizer, step_size=None, gamma=None, name="StepLR", epochs=N
     scheduler = kind(optimizer, **given)
     if "total_steps" not in options:
         scheduler.steps_per_epoch = steps_per_epoch  # `train` refuses the wrong pairing, see epoch.check_scheduler
-    optimizer.batch_scheduler = scheduler if steps_per_epoch > 1 else None
+    # By a weak reference, or a cycle would keep weights and gradients in memory.
+    optimizer.batch_scheduler = weakref.ref(scheduler) if steps_per_epoch > 1 else lambda: None
     return scheduler
 
 

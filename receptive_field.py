@@ -72,7 +72,7 @@ def receptive_field(model, input_size=32):
         field in `.total`.
 
     Raises:
-        ValueError: a step whose effect is not known, such as resizing or slicing.
+        ValueError: a step whose effect is not known, such as resizing, slicing or an `autograd.Function`.
 
     Example:
         >>> receptive_field(nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3))).total
@@ -174,7 +174,10 @@ def _join(paths, node, input_size):
 
 
 # What autograd calls the steps that move pixels about.
-MOVING = "Slice Split Upsample Im2Col Col2Im GridSampler Roll Flip Fft PixelShuffle Index FractionalMaxPool".split()
+MOVING = (
+    "Slice Split Upsample Im2Col Col2Im Unfold GridSampler Roll Flip Fft PixelShuffle Index Gather Take Sort Topk Cum "
+    "FractionalMaxPool"
+).split()
 
 
 def _step(node, before):
@@ -182,6 +185,8 @@ def _step(node, before):
     name, (side, jump, field) = node.name(), before
     if jump is None or _over_channels(node):
         return before
+    if isinstance(node, torch.autograd.function.BackwardCFunction) or "CppNode" in name:
+        raise ValueError(f"receptive_field cannot trace {name}, a function with a backward of its own")
     if any(kind in name for kind in MOVING):
         raise ValueError(f"receptive_field cannot trace {name.removesuffix('Backward0')}, which moves pixels about")
     if "Pad" in name:

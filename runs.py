@@ -378,9 +378,9 @@ class Run:
             " + ".join(str(len(group["params"])) for group in groups)
             for groups in (checkpoint["optimizer"]["param_groups"], self._optimizer.param_groups)
         )
-        pairs["the length of the schedule in steps, which EPOCHS and the number of images decide,"] = (
-            _schedule_length(checkpoint["scheduler"]),
-            _schedule_length(self._scheduler.state_dict() if self._scheduler else None),
+        pairs["the schedule in steps, which EPOCHS and the number of images decide,"] = (
+            _schedule_steps(checkpoint["scheduler"]),
+            _schedule_steps(self._scheduler.state_dict() if self._scheduler else None),
         )
         pairs["the number of processes"] = len(checkpoint["random"]), world_size()
         return [f"{what} was {then!r} and is {now!r}" for what, (then, now) in pairs.items() if then != now]
@@ -397,10 +397,15 @@ class Run:
             if then.get(name) != now.get(name)
         ]
         if printed_alike(checkpoint["made_by"]["versions"]):
-            then, now = checkpoint["network"].splitlines(), printed(self._model).splitlines()
+            then, now = checkpoint["network"], printed(self._model)
+            if then != now and not differences:  # perhaps a layer prints what it has learned
+                own = self._weights()
+                self._model.load_state_dict(checkpoint["model"])
+                now = printed(self._model)
+                self._model.load_state_dict(own)
             differences += [
                 f"the network had {old.strip()} and has {new.strip()}"
-                for old, new in zip_longest(then, now, fillvalue="nothing")
+                for old, new in zip_longest(then.splitlines(), now.splitlines(), fillvalue="nothing")
                 if old != new
             ]
         return differences
@@ -434,9 +439,11 @@ def printed_alike(versions):
     return here == {package: versions.get(package) for package in here}
 
 
-def _schedule_length(state):
-    """The steps that a scheduler is made for, from its state_dict; None for one that can go on for ever."""
-    return next((state[name] for name in ("total_steps", "T_max", "total_iters") if name in (state or {})), None)
+def _schedule_steps(state):
+    """At which steps a scheduler and its parts change or end, from its state_dict."""
+    state, names = state or {}, "total_steps T_max T_0 total_iters step_size milestones _milestones total_size".split()
+    own = [list(state[name]) if name.endswith("milestones") else state[name] for name in names if name in state]
+    return own + [steps for part in state.get("_schedulers", ()) for steps in _schedule_steps(part)]
 
 
 def _check_hyperparameters(hyperparameters):

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
 import epoch
-from augment import A, ImageBatches, InOrder, SeededSampler, as_batch, get_test_transforms, get_train_transforms
+from augment import ImageBatches, InOrder, SeededSampler, as_batch, get_test_transforms, get_train_transforms
 from image_sets import CIFAR10_MEAN, CIFAR10_STD, load_images, split_validation
 from layers import evaluation_mode, faster_layers
 from optimization import fit_fused_state, get_loss, get_optimizer, get_scheduler
@@ -97,8 +97,6 @@ def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", ro
     options = dict(kwargs or {})
     if transforms is None:
         transforms = get_train_transforms() if datasettype == "train" else get_test_transforms()
-    elif not isinstance(transforms, (A.BaseCompose, A.BasicTransform)):
-        raise TypeError(f"transforms is a {type(transforms).__name__}; it must be an albumentations.Compose")
     data = ImageBatches(load_images(dataset, datasettype, root), transforms)
 
     cuda = torch.cuda.is_available()
@@ -292,7 +290,8 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None,
                 epoch.check_scores(scores, labels_on_device, criterion, loss)
             predictions = scores.argmax(dim=1)
             unread.append((images, labels, predictions))
-            if tally.add(loss, predictions, labels_on_device):
+            # On a CPU at once, as a loader may fill the memory of its batch again.
+            if tally.add(loss, predictions, labels_on_device) or device.type == "cpu":
                 misclassified.read(unread)
         mean_loss, accuracy = tally.read()
     misclassified.read(unread)

@@ -372,8 +372,8 @@ def print_table():
         "the step through torch.compile, images/s": step_rate("compiled"),
         "its first round, which compiles, s": lambda r: f"{s:.0f}" if (s := r.get("seconds_of_compiling")) else "",
         "the step in contiguous memory, images/s": step_rate("contiguous"),
-        "time of `resnet`, in that of `tuned`": times("resnet", "resnet", "tuned", "tuned"),
-        "time of the plain loop, in that of `resnet-quick`": times("reference", "s9", "resnet", "resnet-quick"),
+        "a run of `resnet`, in runs of `tuned`": times("resnet", "resnet", "tuned", "tuned"),
+        "80 epochs of the plain loop, in runs of `resnet-quick`": times("reference", "s9", "resnet", "resnet-quick"),
         "the step's share of the best matrix product's FLOP/s": lambda r: (
             f"{r['step_flops_per_second'] / r['best_matrix_product_flops_per_second']:.0%}"
         ),

@@ -1,6 +1,8 @@
 """The faster forwards that layers get on a CPU, against the layers of torch and against what dropout is."""
 
 import contextlib
+import copy
+import pickle
 
 import pytest
 import torch
@@ -55,6 +57,15 @@ def test_gradient_goes_where_the_output_did(layout, gradient_layout):
     assert output.stride() == x.stride()
     output.backward(torch.ones(4, 6, 5, 3).contiguous(memory_format=gradient_layout))
     assert torch.equal(x.grad, output.detach())  # of ones, both are the mask, scaled
+
+
+def test_the_gradient_has_a_gradient():
+    """As a penalty on gradients needs."""
+    x = (torch.rand(40) + 1).requires_grad_()
+    output = drop(0.3, x)
+    (gradient,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+    second = torch.autograd.grad(gradient.sum(), x)[0]
+    torch.testing.assert_close(second, 2 * (output / x).detach().square())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -139,6 +150,16 @@ def test_which_layers_are_made_faster_and_only_meanwhile(case):
             assert any("forward" in vars(layer) for layer in layers) == faster
         raise OSError
     assert not any("forward" in vars(layer) for layer in layers)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_meanwhile_is_of_plain_layers(copied):
+    """As an average of the weights that begins during an epoch."""
+    model = nn.Sequential(nn.Dropout(0.5))
+    with faster_layers(model, CPU):
+        copy_of_it = copied(model)
+    assert copy_of_it[0].forward.__func__ is nn.Dropout.forward and copy_of_it[0].forward.__self__ is copy_of_it[0]
+    assert not copy_of_it.eval()(torch.ones(9)).std()
 
 
 def test_a_forward_that_somebody_has_replaced_stays():

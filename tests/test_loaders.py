@@ -204,3 +204,11 @@ def test_a_single_sample_and_a_subset_of_the_data_set():
 def test_refused(arguments, error, words):
     with pytest.raises(error, match=words):
         utils.get_CIFARdataset_with_loader(**{"datasettype": "test", "dataset": "digits"} | arguments)
+
+
+@pytest.mark.parametrize("name", ["transforms", "transform"])
+def test_transforms_of_another_library_are_refused_where_they_are_set(name):
+    _, loader = utils.get_CIFARdataset_with_loader("test", {"batch_size": 4}, "digits")
+    with pytest.raises(TypeError, match="transforms is a Flatten; it must be"):
+        setattr(loader.dataset, name, torch.nn.Flatten())
+    assert len(next(iter(loader))[0]) == 4

@@ -1,6 +1,8 @@
 """Optimizers, schedulers and losses: what their names give, and which of them `train` refuses."""
 
 import copy
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -350,6 +352,21 @@ def test_a_scheduler_may_be_put_back_to_its_start(batches):
         train(model, batches, optimizer, scheduler=scheduler)
         for part, state in zip((optimizer, scheduler), copy.deepcopy(before)):
             part.load_state_dict(state)
+
+
+def test_optimizer_and_scheduler_are_freed_with_their_names(batches):
+    """Without the garbage collector, as memory of a GPU may not wait for it."""
+    model = network()
+    weight = weakref.ref(next(model.parameters()))
+    optimizer = utils.get_optimizer(model)
+    scheduler = utils.get_scheduler(optimizer, "OneCycleLR", epochs=1, steps_per_epoch=6)
+    gc.collect()
+    gc.disable()
+    try:
+        del model, optimizer, scheduler
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_train_asks_for_a_scheduler_that_counts_its_batches(batches):

@@ -186,6 +186,18 @@ def test_prints_as_a_table():
     assert len({len(line) for line in lines}) == 1
 
 
+class Own(torch.autograd.Function):
+    """Whatever it does to the pixels."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.roll(1, 2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.roll(-1, 2)
+
+
 @pytest.mark.parametrize(
     "model, words",
     [
@@ -205,6 +217,8 @@ def test_prints_as_a_table():
         (Network(lambda x, a: {"scores": a(x)}, conv()), "returns a dict"),
         (Network(lambda x, a, b: b(a(x).detach()) + 0 * x, conv(), conv()), "output of m.0.*detach"),
         (Network(lambda x, a, b: b(a(x).data) + b(x), conv(), conv()), "output of m.0.*detach"),
+        (Network(lambda x, a: a(x).cumsum(2), conv()), "Cumsum"),
+        (Network(lambda x, a: Own.apply(a(x)), conv()), "OwnBackward, a function with a backward of its own"),
     ],
 )
 def test_what_cannot_be_traced_is_refused(model, words):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import CreatesFile
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 import runs
 from runs import Run, load_weights
@@ -321,7 +322,15 @@ def scheduler(name, **options):
     return {"scheduler": lambda optimizer: getattr(torch.optim.lr_scheduler, name)(optimizer, **options)}
 
 
-LENGTH = "the length of the schedule in steps, which EPOCHS and the number of images decide, was"
+def warm_up_and_fall(steps):
+    def make(optimizer):
+        parts = LinearLR(optimizer, 0.1, total_iters=1), CosineAnnealingLR(optimizer, T_max=steps - 1)
+        return SequentialLR(optimizer, parts, milestones=[1])
+
+    return {"scheduler": make}
+
+
+SCHEDULE = "the schedule in steps, which EPOCHS and the number of images decide, was ["
 OTHER_RUNS = [  # (what the run was, what it is now, what the refusal says)
     (
         {},
@@ -344,8 +353,11 @@ OTHER_RUNS = [  # (what the run was, what it is now, what the refusal says)
     ),
     ({}, {"scheduler": lambda optimizer: None}, ["the scheduler was 'StepLR' and is None"]),
     # The state of a schedule would bring its old length back: a cosine would rise again, others stay at zero.
-    (scheduler("CosineAnnealingLR", T_max=4), scheduler("CosineAnnealingLR", T_max=8), [LENGTH]),
-    (scheduler("OneCycleLR", max_lr=1.0, total_steps=4), scheduler("OneCycleLR", max_lr=1.0, total_steps=8), [LENGTH]),
+    (scheduler("CosineAnnealingLR", T_max=4), scheduler("CosineAnnealingLR", T_max=8), [f"{SCHEDULE}4] and is [8]"]),
+    (scheduler("OneCycleLR", max_lr=1, total_steps=4), scheduler("OneCycleLR", max_lr=1, total_steps=8), [SCHEDULE]),
+    (scheduler("StepLR", step_size=2), scheduler("StepLR", step_size=4), [f"{SCHEDULE}2] and is [4]"]),
+    (scheduler("MultiStepLR", milestones=[2, 3]), scheduler("MultiStepLR", milestones=[4, 6]), [SCHEDULE]),
+    (warm_up_and_fall(4), warm_up_and_fall(8), [f"{SCHEDULE}[1], 1, 3] and is [[1], 1, 7]"]),
 ]
 
 
@@ -382,6 +394,29 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             Run("small", root=tmp_path).resume(*arguments)
         assert states(arguments) == before and path.read_bytes() == data
+
+
+class Power(nn.Module):
+    """A layer that prints what it learns, as generalised-mean pooling does."""
+
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Parameter(torch.ones(()))
+
+    def extra_repr(self):
+        return f"p={self.p.item()}"
+
+
+def test_a_layer_that_prints_what_it_has_learned_is_the_same(tmp_path):
+    for epoch in range(3):
+        model, run = Power(), Run("power", root=tmp_path)
+        lists = run.resume({}, model, sgd(model))
+        assert len(lists[0]) == epoch and model.p == 1 + epoch
+        with torch.no_grad():
+            model.p += 1
+        for values in lists:
+            values.append(1.0)
+        run.save(*lists)
 
 
 def test_a_network_that_another_torch_prints_otherwise_is_the_same(tmp_path):

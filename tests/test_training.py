@@ -77,6 +77,21 @@ def test_test_reports_means_per_sample_and_what_was_wrong(
     assert len(reads) == expected_reads
 
 
+def test_a_loader_may_fill_the_memory_of_its_batches_again(batches):
+    def refilled():
+        images, labels = torch.empty(3, 3, 8, 8), torch.empty(3, dtype=torch.int64)
+        for parts in batches:
+            for buffer, part in zip((images, labels), parts):
+                buffer.copy_(part[:3])
+            yield images, labels
+
+    model = linear()
+    expected = evaluate(model, [(images[:3], labels[:3]) for images, labels in batches])
+    wrong = evaluate(model, refilled())
+    assert np.array_equal(wrong.tested, expected.tested) and len(wrong) == len(expected)
+    assert all(map(torch.equal, itertools.chain(*wrong), itertools.chain(*expected)))
+
+
 def test_test_keeps_no_graph(batches):
     kept = []
     evaluate(linear(), batches, lambda scores, labels: kept.append(scores.requires_grad) or F.nll_loss(scores, labels))
@@ -328,6 +343,8 @@ def test_other_scores_than_of_classes_and_other_losses_than_the_mean_are_refused
         (lambda x, y: (x[:0], y[:0]), ValueError, r"\(0, 3, 8, 8\).*N > 0"),
         (lambda x, y: (x.byte(), y), ValueError, "torch.uint8 images.*floating-point"),
         (lambda x, y: (x, y.tolist()), TypeError, "a Tensor and a list"),
+        (lambda x, y: (x, y, y), TypeError, "a Tensor and a Tensor and a Tensor; a batch is a pair"),
+        (lambda x, y: x[:2], TypeError, "gave a Tensor; a batch is a pair"),
         (lambda x, y: (x, y.float()), ValueError, "torch.float32 labels.*int64"),
         (lambda x, y: (x, F.one_hot(y, 4)), ValueError, r"labels \(5, 4\).*\(N,\)"),
         (lambda x, y: (x, y[:3]), ValueError, r"labels \(3,\)"),
