@@ -16,10 +16,9 @@ import cv2
 import numpy as np
 import torch
 from albumentations.pytorch import ToTensorV2
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from image_sets import CIFAR10_MEAN, CIFAR10_STD
-from parallel import rank, share
 
 
 class ShiftScaleRotate(A.ImageOnlyTransform):
@@ -101,11 +100,19 @@ def get_test_transforms():
     return A.Compose([A.Normalize(CIFAR10_MEAN, CIFAR10_STD), ToTensorV2()])
 
 
+def normalisation(transforms):
+    """(mean, std) per channel, on the scale 0 to 1, of the normalisation in a pipeline; CIFAR-10's if there is none."""
+    for transform in getattr(transforms, "transforms", [transforms]):
+        if hasattr(transform, "mean") and hasattr(transform, "std"):
+            return np.array(transform.mean), np.array(transform.std)
+    return np.array(CIFAR10_MEAN), np.array(CIFAR10_STD)
+
+
 def augment_batch(pipeline, images, rng):
     """Apply an Albumentations pipeline to each image of a batch.
 
     Args:
-        pipeline: an `A.Compose` (or any single Albumentations transform).
+        pipeline: an `A.Compose` (or any single Albumentations transform) that leaves all images of one size.
         images: uint8 array (N, H, W, 3); the caller gives it away, it may be modified.
         rng: `numpy.random.Generator`, the only source of randomness.
 
@@ -113,8 +120,10 @@ def augment_batch(pipeline, images, rng):
         Tensor (N, 3, H, W), float32 once the pipeline has `A.Normalize`.
 
     Raises:
-        ValueError: the pipeline leaves images of different shapes, which do not make a batch.
+        TypeError: a pipeline of another library.
     """
+    if not isinstance(pipeline, (A.BaseCompose, A.BasicTransform)):
+        raise TypeError(f"transforms is a {type(pipeline).__name__}; it must be an albumentations.Compose")
     plain = type(pipeline) is A.Compose and pipeline.p == 1
     for transform in pipeline.transforms if plain else [pipeline]:
         images = BATCHED.get(type(transform), _image_by_image)(transform, images, rng)
@@ -157,10 +166,19 @@ def _coarse_dropout(transform, images, rng):
 
 
 def _pad(transform, images, rng):
-    if transform.border_mode != cv2.BORDER_REFLECT_101 or transform.p < 1 or not isinstance(transform.padding, int):
+    pad, (n, height, width, channels) = transform.padding, images.shape
+    reflected = transform.border_mode == cv2.BORDER_REFLECT_101 and transform.p == 1 and isinstance(pad, int)
+    if not reflected or pad >= min(height, width):
         return _image_by_image(transform, images, rng)
-    rows, columns = (np.pad(np.arange(side), transform.padding, mode="reflect") for side in images.shape[1:3])
-    return images[:, rows][:, :, columns]
+    padded = np.empty((n, height + 2 * pad, width + 2 * pad, channels), images.dtype)
+    padded[:, pad : pad + height, pad : pad + width] = images
+    for i in range(1, pad + 1):
+        padded[:, :, pad - i] = padded[:, :, pad + i]
+        padded[:, :, pad + width - 1 + i] = padded[:, :, pad + width - 1 - i]
+    for i in range(1, pad + 1):
+        padded[:, pad - i] = padded[:, pad + i]
+        padded[:, pad + height - 1 + i] = padded[:, pad + height - 1 - i]
+    return padded
 
 
 def _random_crop(transform, images, rng):
@@ -202,17 +220,10 @@ def _image_by_image(transform, images, rng):
     """Any other transform: Albumentations itself, one image at a time, where it fires."""
     transform.set_random_seed(int(rng.integers(2**32)))
     if isinstance(transform, A.BaseCompose):  # it decides by itself what fires and when
-        results = [_as_array(transform(image=image)["image"]) for image in images]
-    else:
-        results = list(images)
-        for index in _firing(transform, images, rng):
-            results[index] = _as_array(transform(image=images[index], force_apply=True)["image"])
-    shapes = sorted({result.shape for result in results})
-    if len(shapes) > 1:
-        raise ValueError(
-            f"{type(transform).__name__} leaves images of different shapes, such as {shapes[0]} and {shapes[1]}, "
-            "which do not make a batch; let the pipeline's geometry end in a fixed size, as of A.Resize(32, 32)"
-        )
+        return np.stack([_as_array(transform(image=image)["image"]) for image in images])
+    results = list(images)
+    for index in _firing(transform, images, rng):
+        results[index] = _as_array(transform(image=images[index], force_apply=True)["image"])
     return np.stack(results)
 
 
@@ -225,30 +236,18 @@ def _as_array(image):
 class ImageBatches(Dataset):
     """Images and labels that a `DataLoader` reads a batch at a time, augmented as a batch.
 
-    `dataset[i]` is one (image float32 (3, 32, 32), label) pair. Attributes that are set take effect in the next epoch.
+    `dataset[i]` is one (image float32 (3, 32, 32), label) pair. Augmentations are drawn from torch's generator.
+    Attributes that are set take effect in the next epoch.
 
     Args:
         image_set: an `image_sets.ImageSet`, whose attributes this has too.
         transforms: an `albumentations.Compose`.
-
-    Raises:
-        TypeError: transforms of another kind, now or when they are set.
     """
 
     def __init__(self, image_set, transforms):
         self.images, self.labels = image_set.images, image_set.labels
         self.classes, self.name, self.source = image_set.classes, image_set.name, image_set.source
         self.transforms = transforms
-
-    @property
-    def transforms(self):
-        return self._transforms
-
-    @transforms.setter
-    def transforms(self, given):
-        if not isinstance(given, (A.BaseCompose, A.BasicTransform)):
-            raise TypeError(f"transforms is a {type(given).__name__}; it must be an albumentations.Compose")
-        self._transforms = given
 
     # torchvision's names of the same
     data = property(lambda self: self.images, lambda self, images: setattr(self, "images", images))
@@ -262,15 +261,13 @@ class ImageBatches(Dataset):
     def __len__(self):
         return len(self.images)
 
-    def __getitem__(self, key):
-        return self.__getitems__([key])[0]
+    def __getitem__(self, index):
+        return self.__getitems__([index])[0]
 
-    def __getitems__(self, keys):
-        if not isinstance(keys[0], tuple):  # not from SeededSampler: somebody looks at single samples
-            seed = int(torch.empty((), dtype=torch.int64).random_())
-            keys = [(index, (seed, 0)) for index in keys]
-        indices, seeds = [int(index) for index, _ in keys], keys[0][1]
-        images = augment_batch(self.transforms, self.images[indices], np.random.default_rng(seeds))
+    def __getitems__(self, indices):
+        indices = [int(index) for index in indices]
+        seed = int(torch.empty((), dtype=torch.int64).random_())  # other ones in each worker and epoch
+        images = augment_batch(self.transforms, self.images[indices], np.random.default_rng(seed))
         return Batch(images, torch.as_tensor(self.labels)[indices])
 
 
@@ -285,58 +282,6 @@ class Batch(Sequence):
 
     def __getitem__(self, index):
         return self.images[index], int(self.labels[index])
-
-
-class InOrder(Sampler):
-    """The indices of a data set, of which each process of a `torchrun` takes its share."""
-
-    def __init__(self, data_source):
-        self.data_source = data_source
-
-    def _indices(self):  # of as many images as there are now
-        process, processes = share()
-        return range(process, len(self.data_source), processes)
-
-    def __len__(self):
-        return len(self._indices())
-
-    def __iter__(self):
-        return iter(self._indices())
-
-
-class SeededSampler(Sampler):
-    """Yields (index, seeds): what another sampler yields, and what its augmentations are drawn from.
-
-    The seeds are drawn anew for every epoch and travel with the batch, so the augmentations follow `torch.manual_seed`,
-    differ between epochs, batches and processes, and are the same at any number of workers. In all else it is the other
-    sampler, `set_epoch` included.
-    """
-
-    def __init__(self, sampler, generator=None):
-        self._sampler, self._generator = sampler, generator
-
-    def __getattr__(self, name):
-        if name.startswith("_"):  # of an object that is being unpickled, say
-            raise AttributeError(name)
-        return getattr(self._sampler, name)
-
-    def __setattr__(self, name, value):
-        if name.startswith("_"):
-            super().__setattr__(name, value)
-        else:
-            setattr(self._sampler, name, value)
-
-    def __len__(self):
-        return len(self._sampler)
-
-    def __iter__(self):
-        seed = int(torch.empty((), dtype=torch.int64).random_(generator=self._generator))
-        for position, item in enumerate(self._sampler):
-            seeds = seed, position, rank()
-            if np.ndim(item):  # of a batch sampler
-                yield [(int(index), seeds) for index in item]
-            else:
-                yield int(item), seeds
 
 
 def as_batch(batch):

@@ -1,24 +1,26 @@
-"""What each device computes best in, how its threads wait, and how to make glibc keep freed memory.
-
-Import it before torch, whose OpenMP library reads how to wait only once.
-"""
+"""What each device computes best in, and how to make glibc keep freed memory."""
 
 import ctypes
 import functools
 import os
 import pathlib
 
-# Threads that wait for each other spin, by default for so long that on some machines one other program on a core makes
-# a step many times slower; benchmarks/speed.py measures it.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
 import torch
 from torch import nn
 
+from parallel import join_processes
+
 
 def best_device():
-    """An NVIDIA GPU if there is one, else an Apple GPU, else the CPU, as a `torch.device`."""
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    """An NVIDIA GPU if there is one, else an Apple GPU, else the CPU, as a `torch.device`.
+
+    In a process that `torchrun` has started it joins the others, and takes the GPU of its number.
+    """
+    cuda = torch.cuda.is_available()
+    join_processes("nccl" if cuda else "gloo")
+    if cuda:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def autocast_dtype(device):
@@ -30,13 +32,26 @@ def autocast_dtype(device):
     device = torch.device(device)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if device.type == "cpu" and _faster_in_bfloat16(_cpuinfo()):
-        return torch.bfloat16
-    return torch.float32
+    return torch.bfloat16 if device.type == "cpu" and _faster_in_bfloat16() else torch.float32
+
+
+@functools.cache
+def _faster_in_bfloat16(cpuinfo="/proc/cpuinfo"):
+    """Whether the CPU that Linux describes multiplies bfloat16 faster than float32.
+
+    AMX does, and so does AVX512-BF16 on AMD. On Intel, AVX512-BF16 alone, as in virtual machines that hide AMX, has
+    half the rate of float32.
+    """
+    try:
+        words = pathlib.Path(cpuinfo).read_text().split("\n\n")[0].split()
+    except OSError:  # not Linux
+        return False
+    return "amx_bf16" in words or ("avx512_bf16" in words and "AuthenticAMD" in words)
 
 
 # The files of torch.nn.modules whose layers take images in any layout; those for volumes do not.
 ANY_LAYOUT = ("activation", "batchnorm", "container", "conv", "dropout", "linear", "normalization", "pooling")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def memory_format(model, device):
@@ -46,40 +61,15 @@ def memory_format(model, device):
     own, and each has to be a layer of torch or of a class that says `channels_last = True`. Not on Apple's GPUs, where
     it makes the gradients of batch normalisation wrong (pytorch issue 175189).
     """
-    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    if device.type == "mps" or any(getattr(nn.modules.module, f"_global{kind}") for kind in hooks):
+    if device.type == "mps" or any(getattr(nn.modules.module, f"_global{kind}") for kind in HOOKS):
         return torch.contiguous_format
     for module in model.modules():
         package, _, file = type(module).__module__.rpartition(".")
         of_torch = package == "torch.nn.modules" and file in ANY_LAYOUT and "3d" not in type(module).__name__
         known = of_torch or type(module) is nn.Flatten or vars(type(module)).get("channels_last")
-        if not known or "forward" in vars(module) or any(getattr(module, kind) for kind in hooks):
+        if not known or "forward" in vars(module) or any(getattr(module, kind) for kind in HOOKS):
             return torch.contiguous_format
     return torch.channels_last
-
-
-@functools.cache
-def _cpuinfo():
-    """What Linux says of the CPU; elsewhere nothing."""
-    try:
-        return pathlib.Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
-
-
-@functools.cache
-def _faster_in_bfloat16(cpuinfo):
-    """Whether the first CPU of /proc/cpuinfo multiplies bfloat16 faster than float32.
-
-    AMX does, and so does AVX512-BF16 on AMD. On Intel, AVX512-BF16 alone, as in virtual machines that hide AMX, has
-    half the rate of float32.
-    """
-    facts = {}
-    for line in cpuinfo.splitlines():
-        name, _, value = line.partition(":")
-        facts.setdefault(name.strip(), value.split())
-    flags = facts.get("flags", [])
-    return "amx_bf16" in flags or ("avx512_bf16" in flags and facts.get("vendor_id") == ["AuthenticAMD"])
 
 
 @functools.cache

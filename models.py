@@ -8,8 +8,6 @@ Read `__init__` of each as the table of its layers.
 
 from collections import OrderedDict
 
-import devices  # noqa: F401  # before torch, which reads only once how its threads wait
-
 import torch
 import torch.nn.functional as F
 from torch import nn

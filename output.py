@@ -1,4 +1,4 @@
-"""What goes out: files that are whole or not there, figures, progress bars."""
+"""Atomic file writes and checked reads, figures, progress bars."""
 
 import contextlib
 import io
@@ -6,15 +6,19 @@ import os
 import pathlib
 import sys
 import time
+import zipfile
 
+import torch
 from tqdm.auto import tqdm
+
+from parallel import rank
 
 
 def write_atomically(path, data):
     """Write bytes to path so that it holds either all of them or what it held before.
 
     Raises:
-        OSError: they could not be written (full or read-only disk); the old file, if any, is untouched.
+        OSError: they could not be written (full or read-only disk); an earlier file of that name is as it was.
     """
     path = pathlib.Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -25,11 +29,7 @@ def write_atomically(path, data):
             os.fsync(file.fileno())
         _replace(partial, path)
     except OSError as error:
-        reason = (
-            f"could not write {path}: {error.strerror}. What was there before is intact; see that the folder "
-            "exists, can be written to and has room"
-        )
-        raise OSError(error.errno, reason) from None
+        raise OSError(error.errno, f"could not write {path}: {error.strerror}") from None
     finally:
         with contextlib.suppress(OSError):  # a read-only disk refuses this too, and has had its error
             partial.unlink(missing_ok=True)
@@ -45,18 +45,48 @@ def _replace(source, target, waits=(0.1, 0.3, 1.0)):
     os.replace(source, target)
 
 
+def serialized(value):
+    """What `torch.save` writes, in memory, so that a full disk is an ordinary OSError of one write."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def load_weights(path):
+    """Read a file of tensors that `torch.save` wrote, after a check of its checksums; no code in it is ever run.
+
+    Raises:
+        OSError: the file cannot be read, or there is none.
+        ValueError: the file is damaged, or holds more than tensors and plain values.
+    """
+    file = io.BytesIO(pathlib.Path(path).read_bytes())  # whatever goes wrong from here on is in the bytes
+    try:
+        if zipfile.is_zipfile(file):  # the format since torch 1.6, whose checksums torch itself does not check
+            with zipfile.ZipFile(file) as archive:
+                if damaged := archive.testzip():
+                    raise zipfile.BadZipFile(f"bad checksum of {damaged}")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever zipfile, pickle and torch find wrong in arbitrary bytes
+        reason = "it holds more than tensors" if "weights_only" in str(error) else str(error).split("\n")[0]
+        raise ValueError(
+            f"{path} is damaged or not a file of tensors that torch.save wrote ({reason}). Nothing was changed; put "
+            "back a good copy, or delete it to start afresh"
+        ) from None
+
+
 def save_figure(figure, path=None):
     """Save a figure, if there is a path, in the format of its suffix; returns the figure."""
-    if path is not None:
+    if path is not None and rank() == 0:
         path, image = pathlib.Path(path), io.BytesIO()
         figure.savefig(image, format=path.suffix.lstrip(".") or "png", dpi=120)
         write_atomically(path, image.getvalue())
     return figure
 
 
-def progress_bar(iterable=None, hidden=False, **options):
-    """tqdm's bar in a notebook or a terminal; none in a log file, if hidden, or where its own TQDM_DISABLE is set."""
-    hidden = hidden or bool(os.environ.get("TQDM_DISABLE"))
+def progress_bar(iterable=None, **options):
+    """tqdm's bar in a notebook or a terminal; none in a log file, or where its own TQDM_DISABLE is set."""
+    hidden = rank() > 0 or bool(os.environ.get("TQDM_DISABLE"))
     return tqdm(iterable, disable=hidden or None, **options)  # None leaves it to whether there is a terminal
 
 
@@ -64,3 +94,8 @@ def in_notebook():
     """Whether a notebook shows what this process prints, be it in a browser or executed by nbconvert."""
     ipython = sys.modules.get("IPython")
     return hasattr(ipython and ipython.get_ipython(), "kernel")
+
+
+def scrolled(text):
+    """HTML of a table of text, which a narrow notebook scrolls instead of wrapping its lines."""
+    return f'<pre style="white-space: pre; overflow-x: auto">{text}</pre>'

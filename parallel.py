@@ -1,5 +1,7 @@
 """A model inside its wrapper, and what the processes of a `torchrun` tell each other."""
 
+import atexit
+import os
 import sys
 
 import torch
@@ -17,6 +19,18 @@ def unwrap(model):
             return model
 
 
+def join_processes(backend):
+    """Join the other processes, if `torchrun` has started this one; all but the first are silent from now on."""
+    if not distributed.is_torchelastic_launched() or distributed.is_initialized():
+        return
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group(backend)
+    atexit.register(lambda: distributed.is_initialized() and distributed.destroy_process_group())
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+
+
 def _several():
     return distributed.is_available() and distributed.is_initialized()
 
@@ -31,25 +45,6 @@ def world_size():
     return distributed.get_world_size() if _several() else 1
 
 
-def share():
-    """(number of this process, number of processes) among which the loaders share out the images.
-
-    Hugging Face's accelerate shares out whatever loader it is given, so the loader must then be of all images.
-    """
-    accelerate = sys.modules.get("accelerate.state")
-    return (0, 1) if accelerate is not None and accelerate.is_initialized() else (rank(), world_size())
-
-
-def sum_over_processes(values, device):
-    """The numbers of a list, each summed over all processes, as a list of floats."""
-    if world_size() == 1:
-        return values
-    device = device if distributed.get_backend() == "nccl" else "cpu"
-    totals = torch.tensor(values, dtype=torch.float64, device=device)
-    distributed.all_reduce(totals)
-    return totals.tolist()
-
-
 def gather(value):
     """What each process has, in a list, the same in all of them."""
     if world_size() == 1:
@@ -59,7 +54,23 @@ def gather(value):
     return gathered
 
 
-def share_buffers(model):
-    """Give all processes the running statistics of the first, whose weights are kept."""
-    for buffer in model.buffers():
-        distributed.broadcast(buffer, 0)
+def begin_epoch(model, loader):
+    """Give all processes the weights and running statistics of the first, and one new order of the images."""
+    if world_size() == 1:
+        return
+    for value in unwrap(model).state_dict().values():
+        distributed.broadcast(value, 0)
+    if hasattr(sampler := getattr(loader, "sampler", None), "set_epoch"):
+        sampler.set_epoch(gather(int(torch.randint(2**31, ())))[0])
+
+
+def average_gradients(model):
+    """Give all processes the mean of their gradients; after a `DistributedDataParallel` it changes nothing."""
+    if world_size() == 1:
+        return
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    flat /= world_size()
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(mean.view_as(gradient))

@@ -6,25 +6,25 @@ python predict.py cat.jpg truck.png
 """
 
 import argparse
+import glob
 import json
 import os
 import pathlib
 import sys
 from typing import NamedTuple
 
-import devices  # noqa: F401
-
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
 
+from augment import augment_batch, get_test_transforms
 from epoch import are_probabilities
-from image_sets import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, to_rgb
-from layers import evaluation_mode
+from image_sets import CIFAR10_CLASSES, FORMATS, to_rgb
+from output import load_weights, save_figure
 from parallel import unwrap
-from runs import load_weights, printed, printed_alike
-
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # not all of Pillow's: some of its readers start other programs
+from pretrained import provenance, shipped
+from runs import printed
 
 
 class Prediction(NamedTuple):
@@ -33,6 +33,11 @@ class Prediction(NamedTuple):
     class_name: str
     probability: float
     probabilities: dict[str, float]
+
+    def __str__(self):
+        """The three most probable classes."""
+        best = sorted(self.probabilities.items(), key=lambda item: -item[1])[:3]
+        return ", ".join(f"{name} {probability:.1%}" for name, probability in best)
 
 
 def class_names(label_map):
@@ -45,35 +50,32 @@ def class_names(label_map):
     Raises:
         ValueError: labels that are not 0, 1, 2, ..., or not one for each name.
     """
-    if isinstance(label_map, (str, set, frozenset)):
-        raise ValueError(f"{label_map!r} has no order of classes; give a list of names, or a dict {{name: label}}")
-    if not isinstance(label_map, dict):
-        names = [str(name) for name in label_map]
-        if len(set(names)) < len(names):
-            raise ValueError(f"the classes {names} have a name twice; give each class a name of its own")
-        return names
-    labels = set(range(len(label_map)))
-    by_name, by_label = set(label_map.values()) == labels, set(label_map) == labels
-    if by_name and by_label and any(key != value for key, value in label_map.items()):
-        raise ValueError(f"{label_map} is numbers to numbers; give the names as strings, {{name: label}}")
-    if not by_name and (not by_label or len(set(label_map.values())) < len(labels)):
+    if isinstance(label_map, (list, tuple)):
+        pairs = dict(enumerate(label_map))
+    elif isinstance(label_map, dict) and set(label_map.values()) == set(range(len(label_map))):
+        pairs = {label: name for name, label in label_map.items()}
+    else:
+        pairs = label_map if isinstance(label_map, dict) else {}
+    names = [str(pairs[label]) for label in range(len(pairs)) if label in pairs]
+    if not isinstance(label_map, (list, tuple, dict)) or len({*names}) < len(label_map):
         raise ValueError(
-            f"{label_map} does not say the class of each label; it must be {{name: label}} or {{label: name}}, with "
-            f"the labels 0 to {len(label_map) - 1} and each name once"
+            f"{label_map!r} does not say the class of each label; it must be a list of names, {{name: label}} or "
+            f"{{label: name}}, with each name once and the labels 0, 1, 2, ..."
         )
-    pairs = {label: name for name, label in label_map.items()} if by_name else label_map
-    return [str(pairs[label]) for label in range(len(pairs))]
+    return names
 
 
 @torch.no_grad()
-def predict(model, images, classes=CIFAR10_CLASSES):
+def predict(model, images, classes=CIFAR10_CLASSES, transforms=None):
     """Classify pictures of any size and mode; each is brought to 32x32 RGB, squeezed if it is not square.
 
     Args:
-        model: returns (N, classes) scores or log-probabilities for normalised float32 (N, 3, 32, 32), on any device.
+        model: returns (N, classes) scores, log-probabilities or probabilities for float32 (N, 3, 32, 32), on any
+            device; it is put in evaluation mode.
         images: one picture or a list of them. A picture is a file name, a PIL image, or an array (H, W), (H, W, 1),
             (H, W, 3) or (H, W, 4), uint8 from 0 to 255 or floating-point from 0 to 1.
         classes: names of the model's outputs, in any form that `class_names` takes.
+        transforms: an `albumentations.Compose` that normalises as in training, by default `get_test_transforms()`.
 
     Returns:
         A list of `Prediction`, one per picture, with probabilities that sum to 1.
@@ -89,60 +91,57 @@ def predict(model, images, classes=CIFAR10_CLASSES):
     classes = class_names(classes)
     if isinstance(images, (str, os.PathLike, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):
         images = [images]
-    pixels = [_as_rgb(image, f"picture {number}") for number, image in enumerate(images, start=1)]
+    pixels = [to_rgb(_as_pil(image, f"picture {number}")) for number, image in enumerate(images, start=1)]
     if not pixels:
         return []
-    normalised = (np.stack(pixels).astype(np.float32) / 255 - np.float32(CIFAR10_MEAN)) / np.float32(CIFAR10_STD)
-    images = torch.from_numpy(normalised).permute(0, 3, 1, 2).contiguous()
-    model = unwrap(model)  # which torch.compile would compile anew for each number of pictures
+    images = augment_batch(transforms or get_test_transforms(), np.stack(pixels), np.random.default_rng(0))
+    model = unwrap(model).eval()  # torch.compile would compile anew for each number of pictures
     parameter = next(model.parameters(), torch.empty(0))
-    with evaluation_mode(model):
-        scores = torch.cat([model(batch.to(parameter)).float() for batch in images.split(256)])  # memory for 256
-    if not scores.softmax(dim=1).isfinite().all():
-        raise ValueError("the model's scores are not finite; load weights that are")
-    if are_probabilities(scores, off=0.05 if parameter.dtype.itemsize < 4 else 1e-4):
-        raise ValueError("the model returns probabilities; give predict one that returns scores, without any softmax")
+    scores = torch.cat([model(batch.to(parameter)).float() for batch in images.split(256)])  # memory for 256
     if scores.shape[1] != len(classes):
         raise ValueError(f"the model has {scores.shape[1]} outputs and {len(classes)} class names were given")
+    probabilities = scores if are_probabilities(scores) else scores.softmax(dim=1)
     return [
-        Prediction(classes[int(np.argmax(row))], max(row), dict(zip(classes, row)))
-        for row in scores.softmax(dim=1).tolist()
+        Prediction(classes[int(np.argmax(row))], max(row), dict(zip(classes, row))) for row in probabilities.tolist()
     ]
 
 
-def _as_rgb(image, name):
-    """One picture, in any of the forms that `predict` takes, as uint8 (32, 32, 3)."""
-    if isinstance(image, np.ndarray):
-        return to_rgb(_array_as_pil(image, name))
+def _as_pil(image, name):
+    """One picture, in any of the forms that `predict` takes, as a PIL image."""
     if isinstance(image, Image.Image):
-        return to_rgb(image)
-    if not isinstance(image, (str, os.PathLike)):
-        raise TypeError(f"{name} is a {type(image).__name__}; a picture is a file name, a PIL image or a NumPy array")
-    if "://" in str(image):
-        raise ValueError(f"{image} is an address; download the picture and give the name of the file")
-    if os.path.isdir(image):
-        raise ValueError(f"{image} is a folder; give the pictures in it, such as {image}/*.jpg")
+        return image
+    if isinstance(image, np.ndarray):
+        pixels = image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
+        if np.issubdtype(pixels.dtype, np.floating) and pixels.min() >= 0 and pixels.max() <= 1:  # false for NaN too
+            pixels = (pixels * 255).round().astype(np.uint8)
+        if pixels.dtype != np.uint8:
+            raise ValueError(
+                f"{name} is {image.dtype} from {image.min()} to {image.max()}; an array is uint8 from 0 to 255 or "
+                "floating-point from 0 to 1"
+            )
+        return Image.fromarray(np.ascontiguousarray(pixels))
     try:
+        image = pathlib.Path(image)
         with Image.open(image, formats=FORMATS) as opened:
-            return to_rgb(opened)
+            opened.load()
+        return opened
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {image}") from None
+    except TypeError:
+        raise TypeError(f"{name} is a {type(image).__name__}; a picture is a file name, PIL image or array") from None
     except Exception as error:  # a damaged file can make Pillow raise nearly anything
         raise ValueError(f"{image} is not a picture that can be read ({error})") from None
 
 
-def _array_as_pil(image, name):
-    pixels = image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
-    if pixels.size == 0 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
-        raise ValueError(f"{name} has shape {image.shape}; an array is (H, W) or (H, W, 1, 3 or 4)")
-    if np.issubdtype(pixels.dtype, np.floating) and pixels.min() >= 0 and pixels.max() <= 1:  # false for NaN too
-        pixels = (pixels * 255).round().astype(np.uint8)
-    if pixels.dtype != np.uint8:
-        extent = f" from {image.min()} to {image.max()}" if np.issubdtype(image.dtype, np.number) else ""
-        raise ValueError(
-            f"{name} is {image.dtype}{extent}; an array is uint8 from 0 to 255 or floating-point from 0 to 1"
-        )
-    return Image.fromarray(np.ascontiguousarray(pixels))
+def post_prediction(picture, prediction, path=None):
+    """A picture, in any form that `predict` takes, beside the probabilities of its three most probable classes."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3), layout="constrained")
+    left.imshow(_as_pil(picture, "the picture").convert("RGB"))
+    left.axis("off")
+    names, probabilities = zip(*sorted(prediction.probabilities.items(), key=lambda item: item[1])[-3:])
+    right.barh([name.replace("$", r"\$") for name in names], [100 * value for value in probabilities])
+    right.set(xlabel="probability (%)", xlim=(0, 100))
+    return save_figure(figure, path)
 
 
 def load_network(weights):
@@ -152,12 +151,9 @@ def load_network(weights):
         ValueError, OSError: no such weights, a file that is not in the folder of a run, or is damaged.
     """
     import models  # here, because whoever imports `predict` brings a model
-    from pretrained import provenance
     from recipes import build_model
 
     path = pathlib.Path(weights)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the last.pt or best.pt of a run")
     if path.suffix != ".pt":
         trained = provenance(weights)["hyperparameters"]
         return getattr(models, trained["model"]).from_pretrained(weights), trained["classes"].split("/")
@@ -166,53 +162,47 @@ def load_network(weights):
         run = json.loads((path.parent / "run.json").read_text())
         trained = run["hyperparameters"]
         classes = trained["classes"].split("/")
-        model = build_model(trained, len(classes))
-    except (FileNotFoundError, ValueError, KeyError, AttributeError):
+        model = build_model(trained | {"weights": None}, len(classes))
+        model.load_state_dict(state)
+        same_torch = run["versions"]["torch"] == torch.__version__.split("+")[0]
+        # SyncBatchNorm, of a run on several GPUs, computes the same here.
+        if same_torch and printed(model) != run["network"].replace("SyncBatchNorm", "BatchNorm2d"):
+            raise ValueError
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError):
         raise ValueError(
-            f"{path} has no run.json beside it that says of which network and classes it is; give the last.pt or "
+            f"{path} needs the run.json of its run beside it, and the network as it was then; give the last.pt or "
             "best.pt in runs/<name>/, of a run whose settings are those of recipes.run_settings"
         ) from None
-    try:
-        model.load_state_dict(state)
-        # SyncBatchNorm, of a run on several GPUs, computes the same here.
-        network = run.get("network", printed(model)).replace("SyncBatchNorm", "BatchNorm2d")
-        fits = printed(model) == network or not printed_alike(run.get("versions", {}))
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"{path} does not fit {trained['model']}: it is not the last.pt or best.pt of a run, or the network was "
-            "changed since"
-        )
     return model.eval(), classes
 
 
 def main():
-    from pretrained import most_accurate, shipped
-
     parser = argparse.ArgumentParser(
         description=f"Classify pictures. The weights that ship know {', '.join(CIFAR10_CLASSES)}."
     )
     parser.add_argument("pictures", nargs="+", metavar="picture", help="an image file of any size")
-    names = ", ".join(shipped()) or "none is here"
-    parser.add_argument(
-        "--weights", help=f"{names} (default: the most accurate), or runs/<name>/last.pt of a run of your own"
-    )
+    names = ", ".join(shipped())
+    parser.add_argument("--weights", help=f"{names} (default: the first), or runs/<name>/last.pt of a run of your own")
+    parser.add_argument("--show", metavar="FILE", help="draw the first picture and its probabilities into this file")
     arguments = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter of a name
     try:
-        model, classes = load_network(arguments.weights or most_accurate())
+        model, classes = load_network(arguments.weights or shipped()[0])
     except (OSError, ValueError) as error:
         sys.exit(str(error))
     failed = False
-    for picture in arguments.pictures:
-        try:
-            [prediction] = predict(model, picture, classes)
-        except (OSError, ValueError) as error:
-            print(error, file=sys.stderr)
-            failed = True
-            continue
-        best = sorted(prediction.probabilities.items(), key=lambda item: -item[1])[:3]
-        print(f"{picture}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in best))
+    for name in arguments.pictures:
+        for picture in sorted(glob.glob(name)) or [name]:  # which Windows' shells do not expand
+            try:
+                [prediction] = predict(model, picture, classes)
+            except (OSError, ValueError) as error:
+                print(error, file=sys.stderr)
+                failed = True
+                continue
+            print(f"{picture}: {prediction}")
+            if arguments.show:
+                post_prediction(picture, prediction, arguments.show)
+                arguments.show = None
     sys.exit(failed)
 
 

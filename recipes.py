@@ -56,6 +56,23 @@ RECIPES = {
     "resnet-quick": RESNET,
     "resnet-long": RESNET
     | {"epochs": 200, "transforms": RESNET["transforms"] | {"shift_scale_rotate": 0.5, "cutout": 0.5}},
+    # Few images, of classes that the weights do not know: the trained network with a new classifier.
+    "finetune": RESNET
+    | {
+        "weights": "resnet-long",
+        "epochs": 20,
+        "batch_size": 16,
+        "optimizer": TUNED["optimizer"] | {"lr": 0.03, "kernel_lr": 0.002},
+    },
+    # Of the handwritten digits: few batches an epoch, and no mirrored digits.
+    "demo": TUNED
+    | {
+        "epochs": 8,
+        "batch_size": 32,
+        "transforms": {"flip": 0.0, "shift_scale_rotate": 0.1, "cutout": 0.1, "crop_padding": 0},
+        "optimizer": TUNED["optimizer"] | {"lr": 0.1},
+        "loss": {"name": "nll_loss"},
+    },
 }
 
 
@@ -71,8 +88,13 @@ def get_recipe(name):
 
 
 def build_model(recipe, num_classes=10):
-    """The recipe's network, untrained, on the CPU."""
-    return getattr(models, recipe["model"])(recipe["dropout"], num_classes)
+    """The recipe's network on the CPU, untrained, or with the body of the weights that the recipe names."""
+    network = getattr(models, recipe["model"])
+    model = network(recipe["dropout"], num_classes)
+    if recipe.get("weights"):
+        head, model = model.classifier, network.from_pretrained(recipe["weights"]).train()
+        model.classifier = head
+    return model
 
 
 def build_training(recipe, model, steps_per_epoch):
@@ -91,10 +113,10 @@ def flatten_recipe(recipe):
     Raises:
         ValueError: a setting that no recipe has, such as a misspelt one.
     """
-    flat = {}
+    flat, known = {}, {setting for each in RECIPES.values() for setting in each}
     for setting, value in recipe.items():
-        if setting not in RECIPES["s9"]:
-            raise ValueError(f"unknown setting {setting!r} in the recipe; there is {', '.join(RECIPES['s9'])}")
+        if setting not in known:
+            raise ValueError(f"unknown setting {setting!r} in the recipe; there is {', '.join(sorted(known))}")
         for argument, given in value.items() if isinstance(value, dict) else [("", value)]:
             plain = given if isinstance(given, (int, float, str, type(None))) else repr(given)
             flat[f"{setting} {argument}".strip()] = plain

@@ -1,85 +1,44 @@
-"""Run directories: what a training run leaves on disk, and how it goes on after an interruption.
-
-    run = Run("s9")
-    hyperparameters = {"lr": 0.2, "epochs": 80, ...}
-    train_losses, train_acc, test_losses, test_acc = run.resume(hyperparameters, model, optimizer, scheduler)
-    with run:
-        for epoch in range(len(train_losses), 80):
-            ...                                 # train, test, scheduler.step()
-            run.save(train_losses, train_acc, test_losses, test_acc)
+"""Run folders: what a training run leaves on disk, and how it resumes after an interruption.
 
 `runs/<name>/checkpoint.pt` is the one source of truth, replaced atomically at the start and after every epoch;
-`history.csv`, `run.json`, `last.pt` and `best.pt` are written from it, and written again when the run is opened. Of the
-processes of a `torchrun`, the first writes.
+`history.csv`, `run.json`, `last.pt` and `best.pt` are written from it. Of the processes of a `torchrun`, the first
+writes.
 """
 
-import csv
-import inspect
+import contextlib
+import copy
+import errno
 import io
 import json
 import math
 import pathlib
-import pickle
 import platform
 import random
 import re
 import sys
 import time
-import types
-import warnings
-import weakref
-import zipfile
-import zlib
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import zip_longest
 
 import filelock
 import numpy as np
 import torch
 
-from epoch import check_lists
-from output import in_notebook, write_atomically
+from output import in_notebook, load_weights, serialized, write_atomically
 from parallel import gather, rank, unwrap, world_size
 
 COLUMNS = ("train_loss", "train_acc", "test_loss", "test_acc")
-CHECKPOINT = "hyperparameters kinds network model optimizer scheduler random history best made_by".split()
-MAY_CHANGE = ("epochs",)  # hyperparameters that leave a checkpoint meaningful
-
-_FOLDERS = weakref.WeakKeyDictionary()  # {model: folders of the runs that it was resumed in}
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 
 
 def seed_everything(seed):
-    """Seed every generator that training draws from: Python's, NumPy's and torch's, on all devices.
+    """Seed the generators of Python, NumPy and torch with a whole number from 0 to 2**32 - 1.
 
-    Args:
-        seed: a whole number from 0 to 2**32 - 1.
+    The processes of a `torchrun` get a seed each; `train` gives all of them the weights of the first.
     """
-    np.random.seed(seed)  # first, as the strictest
-    random.seed(int(seed))  # which takes no whole number of NumPy
-    torch.manual_seed(seed)
-
-
-def load_weights(path):
-    """Read a file of tensors that `torch.save` wrote, after a check of its checksums; no code in it is ever run.
-
-    Raises:
-        OSError: the file cannot be read, or there is none.
-        ValueError: the file is damaged, or holds more than tensors and plain values.
-    """
-    data = pathlib.Path(path).read_bytes()  # whatever goes wrong from here on is in the bytes
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch itself does not check the CRCs
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"bad checksum of {damaged}")
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever zipfile, pickle and torch find wrong in arbitrary bytes
-        foreign = isinstance(error, pickle.UnpicklingError)  # torch's text advises to load it without protection
-        reason = "it holds more than tensors and plain values" if foreign else str(error).split("\n")[0]
-        raise ValueError(
-            f"{path} is damaged or is not a file of tensors written by torch.save ({reason}). Nothing was changed; "
-            "put back a good copy, or delete it to start afresh"
-        ) from None
+    np.random.seed(seed + rank())  # first, as the strictest
+    random.seed(int(seed) + rank())  # which takes no whole number of NumPy
+    torch.manual_seed(seed + rank())
 
 
 class Stopped(KeyboardInterrupt):
@@ -90,54 +49,60 @@ class Stopped(KeyboardInterrupt):
 
 
 class Run:
-    """The directory `<root>/<name>/` of one training run, held by one process at a time.
+    """The folder `<root>/<name>/` of one training run, held by one process at a time.
 
     As a context manager it prints, when the run ends or is interrupted, one line that says how far it is.
 
     Args:
-        name: name of the run, and of its directory.
+        name: name of the run, and of its folder.
         data: a line that says which images it trains on, for `run.json`.
-        root: where the runs are.
 
     Raises:
-        ValueError: name is not a plain directory name.
+        ValueError: name is not a plain folder name.
         RuntimeError: another process trains under the same name.
-        OSError: the directory cannot be made.
+        OSError: the folder cannot be made.
+
+    Example:
+        >>> run = Run("s9")
+        >>> train_losses, train_acc, test_losses, test_acc = run.resume({"lr": 0.2}, model, optimizer, scheduler)
+        >>> with run:
+        ...     for epoch in range(len(train_losses), 80):
+        ...         # train, test, scheduler.step()
+        ...         run.save(train_losses, train_acc, test_losses, test_acc)
     """
 
     def __init__(self, name, data="", root="runs"):
         if not name.strip(".") or pathlib.Path(name).name != name:
-            raise ValueError(f"run name {name!r} must be a plain directory name, without separators")
-        self.name, self.data = name, data
-        self.history = None  # a dict per epoch: epoch, lr, COLUMNS, seconds; resume sets it
-        self.hyperparameters = {}
-        self.displays = set()  # what a notebook shows of the run and updates in place
-        self._shown = str(pathlib.Path(root) / name)
+            raise ValueError(f"run name {name!r} must be a plain folder name, without separators")
+        self.name, self.data, self._shown = name, data, str(pathlib.Path(root) / name)
         self.folder = pathlib.Path(root).absolute() / name  # a later chdir must not lose an epoch
+        self.history, self.hyperparameters = None, {}  # a dict per epoch: epoch, lr, COLUMNS, seconds; resume sets it
+        self.displays, self._model = set(), None  # what is shown of the run already
         if rank():
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # One lock per process and path, so that a notebook cell can be run again.
-            self._lock = filelock.FileLock(self.folder / ".lock", timeout=0, is_singleton=True)
+            lock = self.folder / ".lock"
+            self._lock = filelock.FileLock(lock, timeout=0, is_singleton=True, fallback_to_soft=False)
             self._lock.acquire()
-            for leftover in self.folder.glob(".*.tmp"):
-                leftover.unlink()
         except filelock.Timeout:
             raise RuntimeError(
                 f"another process holds the run {name!r} in {self.folder}, perhaps a notebook that is still open; "
                 "end it or wait for it, or choose another RUN_NAME"
             ) from None
         except OSError as error:
-            raise OSError(
-                error.errno, f"cannot keep a run in {self.folder}: {error.strerror}; it must be a writable directory"
-            ) from None
+            if error.errno not in NO_LOCKS:
+                raise OSError(error.errno, f"cannot keep a run in {self.folder}: {error.strerror}") from None
+            print(f"{self}: this drive has no file locks; do not train the same run in two processes")
+        for leftover in self.folder.glob(".*.tmp"):
+            leftover.unlink()
 
     def __str__(self):
         return self._shown
 
     def __truediv__(self, file_name):
-        """Path of a file in the run's directory: `run / "curves.png"`."""
+        """Path of a file in the run's folder: `run / "curves.png"`."""
         return self.folder / file_name
 
     def __enter__(self):
@@ -146,23 +111,42 @@ class Run:
     def __exit__(self, kind, error, traceback):
         done, epochs = len(self.history or ()), self.hyperparameters.get("epochs", "?")
         if kind is KeyboardInterrupt:
-            stopped = f"{self}: stopped after epoch {done} of {epochs}; run this again to go on from there"
+            stopped = f"{self}: stopped after epoch {done} of {epochs}; run this again to resume"
             if in_notebook() or hasattr(sys, "ps1"):  # a session, which lives on
                 raise Stopped(stopped) from None
             sys.exit(1 if rank() else stopped)
-        if kind is None and done and rank() == 0:
-            last, best = self.history[-1], self._best
-            print(
-                f"{self}: {done} of {epochs} epochs, test accuracy {last['test_acc']:.2f} % "
-                f"(the best, after epoch {best['epoch']}: {best['test_acc']:.2f} %)"
+        if kind is None and done:
+            print(f"{self}: {done} of {epochs} epochs, test accuracy {self.history[-1]['test_acc']:.2f} %")
+
+    def check(self, hyperparameters, model, optimizer, scheduler=None):
+        """Compare with the checkpoint and change nothing; returns the checkpoint, or None for a new run.
+
+        Arguments and errors are those of `resume`.
+        """
+        path = self / "checkpoint.pt"
+        [found, *_] = gather(load_weights(path) if rank() == 0 and path.exists() else None)
+        if found is None:
+            return None
+        now = _identity(hyperparameters, optimizer, scheduler)
+        try:
+            differences = _differences(found, now, unwrap(model))
+            epochs_done = len([row["epoch"] for row in found["history"]])
+        except Exception:  # a file may hold anything
+            raise ValueError(NO_CHECKPOINT.format(path)) from None
+        if differences and epochs_done:
+            more = f", and {len(differences) - 5} more" if len(differences) > 5 else ""
+            raise ValueError(
+                f"the checkpoint in {self.folder} is of another run: {'; '.join(differences[:5])}{more}. To start "
+                f"afresh, choose another RUN_NAME or delete {self.folder}; to resume, put the old values back"
             )
+        return None if differences else found
 
     def resume(self, hyperparameters, model, optimizer, scheduler=None):
         """Bring all three, and the random generators, to where the last complete epoch left them, if there was one.
 
         Args:
-            hyperparameters: what defines the run, {name: number, string, bool or None}. A run goes on only with the
-                same ones; "epochs" may differ, unless the scheduler needs it.
+            hyperparameters: what defines the run, {name: number, string, bool or None}. A run resumes only with the
+                same ones; "epochs" may differ, unless the scheduler was made for them.
             model, optimizer, scheduler: new ones, made as at the run's start; `save` records them.
 
         Returns:
@@ -173,133 +157,85 @@ class Run:
                 hyperparameters; nothing is changed.
             TypeError: hyperparameters, or the state of a scheduler, that no checkpoint can hold.
         """
-        _check_hyperparameters(hyperparameters)
-        if scheduler is None and "initial_lr" in optimizer.param_groups[0]:  # which schedulers leave there
-            warnings.warn("the optimizer has a scheduler; give it to resume too, or it will start anew", stacklevel=2)
+        self.history = None  # so that save refuses, should this turn out to be another run
+        checkpoint = self.check(hyperparameters, model, optimizer, scheduler)
+        half_trained = unwrap(model) is self._model  # stopped in epoch 1
         self.hyperparameters = dict(hyperparameters)
         self._model, self._optimizer, self._scheduler = unwrap(model), optimizer, scheduler
-        self.history = None  # so that save refuses, should this turn out to be another run
-        checkpoint = gather(self._read_checkpoint() if rank() == 0 else None)[0]
-        of_network = checkpoint and self._network_differences(checkpoint)
-        differences = checkpoint and self._differences(checkpoint) + of_network
-        if checkpoint and checkpoint["history"] and differences:
-            more = f", and {len(differences) - 5} more differences" if len(differences) > 5 else ""
-            raise ValueError(
-                f"the checkpoint in {self.folder} is of another run: {'; '.join(differences[:5])}{more}. To start "
-                f"afresh, choose another RUN_NAME or delete {self.folder}; to go on, put the old values back"
-            )
-        # A model that was stopped in epoch 1 is half-trained, and gets its first weights back; a new one keeps its own.
-        earlier = _FOLDERS.get(self._model, ())
-        stopped = checkpoint and self.folder in earlier and not of_network
-        _FOLDERS[self._model] = {*earlier, self.folder}
-        if checkpoint and (checkpoint["history"] or (stopped and not differences)):
-            self._restore(checkpoint)
-            done, epochs = len(self.history), hyperparameters.get("epochs", "?")
-            self._say(f"going on after epoch {done} of {epochs}" if done else "starting again, from its first weights")
-            self._start_epoch()
+        self._identity = _identity(hyperparameters, optimizer, scheduler)
+        self._best = None
+        if checkpoint and (checkpoint["history"] or half_trained):
+            before = self._checkpoint() | {"history": []}
+            try:
+                self._restore(checkpoint)
+            except Exception:  # whatever the file holds instead
+                self._restore(before)
+                self.history = None
+                raise ValueError(NO_CHECKPOINT.format(self / "checkpoint.pt")) from None
+            print(f"{self}: resumed after epoch {len(self.history)} of {hyperparameters.get('epochs', '?')}")
             self._export(checkpoint)
         else:
-            if stopped:  # and then the settings were changed
-                self._model.load_state_dict(checkpoint["model"])
-                _set_random_state(checkpoint["random"])
-            trained = " from the weights that an earlier run left in this model; make a new model to start afresh"
-            self._say(f"a new run{trained if earlier and not stopped else ''}")
-            self.history, self._best = [], None
-            self._start_epoch()
-            self._write(self._checkpoint())
-            self._check_that_it_can_be_read()
+            data = serialized(self._checkpoint() | {"history": []})
+            try:
+                torch.load(io.BytesIO(data), weights_only=True)  # read it back now, and not at the first resume
+            except Exception:
+                raise TypeError(
+                    f"{self} could not be resumed, as its hyperparameters or the state_dict of its model, optimizer or "
+                    "scheduler hold more than tensors, numbers, strings, lists and dicts of Python"
+                ) from None
+            print(f"{self}: a new run")
+            self.history = []
+            self._write("checkpoint.pt", data)
+        self._start_epoch()
         return tuple([row[column] for row in self.history] for column in COLUMNS)
 
     def save(self, train_losses, train_acc, test_losses, test_acc):
-        """Record the epoch that has just ended, the last entry of each list, and everything needed to go on from it.
+        """Record the epoch that has just ended, the last entry of each list, and everything needed to resume from it.
 
         Step a scheduler that counts epochs before you call this.
 
         Raises:
-            ValueError: the lists are not one epoch longer than at the last save, in another order, or end in what is no
-                finite number.
+            ValueError: the lists are not one epoch longer than at the last save, or end in what is no finite number.
             RuntimeError: before `resume`.
             OSError: it could not be written; the last checkpoint is intact.
         """
         if self.history is None:
             raise RuntimeError("save before resume; resume says which model and hyperparameters the run is of")
-        lists = (train_losses, train_acc, test_losses, test_acc)
-        if {len(values) for values in lists} != {len(self.history) + 1}:
-            raise ValueError(
-                f"save got lists of {', '.join(str(len(values)) for values in lists)} epochs and {len(self.history)} "
-                "are saved; it takes each list of resume with one entry appended"
-            )
-        check_lists([train_losses, test_losses], [train_acc, test_acc])
-        row = {"epoch": len(self.history) + 1, "lr": self._lr}
-        row |= {column: float(values[-1]) for column, values in zip(COLUMNS, lists)}
-        if not all(map(math.isfinite, row.values())):
-            raise ValueError(f"the epoch is {row}; save records finite numbers")
+        done, lists = len(self.history), (train_losses, train_acc, test_losses, test_acc)
+        row = {"epoch": done + 1, "lr": self._lr}
+        row |= {column: float(values[-1]) for column, values in zip(COLUMNS, lists) if len(values) == done + 1}
         row["seconds"] = round(time.monotonic() - self._epoch_start, 2)
+        if not all(math.isfinite(row.get(column, math.nan)) for column in COLUMNS):
+            raise ValueError(
+                f"{done} epochs are saved, and the lists have {[len(values) for values in lists]} entries and end in "
+                f"{[values[-1:] for values in lists]}; save takes each list of resume with one finite number appended"
+            )
         before = self.history, self._best
         self.history = [*self.history, row]
         if self._best is None or row["test_acc"] > self._best["test_acc"]:
-            self._best = {"epoch": row["epoch"], "test_acc": row["test_acc"], "weights": self._weights()}
+            self._best = {"epoch": done + 1, "test_acc": row["test_acc"], "weights": self._weights()}
         try:
             checkpoint = self._checkpoint()
-            self._write(checkpoint)
+            self._write("checkpoint.pt", serialized(checkpoint))
             self._export(checkpoint)
         except BaseException:
             self.history, self._best = before
             raise
         self._start_epoch()
 
-    def _say(self, what):
-        if rank() == 0:
-            print(f"{self}: {what}")
-
     def _start_epoch(self):
-        # A scheduler will have changed it when the epoch is saved.
-        self._lr = float(self._optimizer.param_groups[0]["lr"])
+        self._lr = float(self._optimizer.param_groups[0]["lr"])  # a scheduler will have changed it at the next save
         self._epoch_start = time.monotonic()
-
-    def _read_checkpoint(self):
-        """The checkpoint, or None if there is none yet."""
-        path = self / "checkpoint.pt"
-        if not path.exists():
-            return None
-        checkpoint = load_weights(path)
-        missing = [key for key in CHECKPOINT if key not in checkpoint] if isinstance(checkpoint, dict) else CHECKPOINT
-        if missing:
-            raise ValueError(
-                f"{path} is not a checkpoint of a run (no {missing[0]!r} in it); nothing was changed. Put back a good "
-                "copy, or delete it to start afresh"
-            )
-        return checkpoint
-
-    def _check_that_it_can_be_read(self):
-        """Of a new run; a scheduler that somebody has written may hold anything."""
-        try:
-            self._read_checkpoint()
-        except ValueError:
-            (self / "checkpoint.pt").unlink(missing_ok=True)  # or it would stand in the way of the next start
-            raise TypeError(
-                f"{self} could not be resumed, as the state_dict of its model, optimizer or scheduler holds more than "
-                "tensors, numbers, strings, lists and dicts of Python; let it hold these only"
-            ) from None
-
-    def _restore(self, checkpoint):
-        self._model.load_state_dict(checkpoint["model"])
-        for saved, given in zip(checkpoint["optimizer"]["param_groups"], self._optimizer.param_groups):
-            # How it computes, not what: the checkpoint may come from another kind of device.
-            saved |= {how: given[how] for how in ("foreach", "fused") if how in given}
-        self._optimizer.load_state_dict(checkpoint["optimizer"])
-        if self._scheduler is not None:
-            self._scheduler.load_state_dict(checkpoint["scheduler"])
-        self.history, self._best = checkpoint["history"], checkpoint["best"]
-        _set_random_state(checkpoint["random"])
 
     def _weights(self):
         return {name: value.detach().cpu().clone() for name, value in self._model.state_dict().items()}
 
     def _checkpoint(self):
+        """Everything that a run resumes from."""
+        device = next(self._model.parameters()).device
+        packages = ("torch", "torchvision", "albumentations", "numpy")
         return {
-            "hyperparameters": self.hyperparameters,
-            "kinds": self._kinds(),
+            **self._identity,
             "network": printed(self._model),
             "model": self._weights(),
             "optimizer": _plain(self._optimizer.state_dict()),
@@ -307,14 +243,31 @@ class Run:
             "random": gather(_random_state()),
             "history": self.history,
             "best": self._best,
-            "made_by": self._made_by(),
+            # The last epoch, which need not be of the machine that resumes the run.
+            "made_by": {
+                "saved": datetime.now(UTC).isoformat(timespec="seconds"),
+                "data": self.data,
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+                "threads": torch.get_num_threads(),
+                "platform": platform.platform(),
+                "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+            },
         }
 
-    def _write(self, checkpoint):
-        if rank() == 0:
-            self._write_file("checkpoint.pt", _serialized(checkpoint))
+    def _restore(self, checkpoint):
+        self._model.load_state_dict(checkpoint["model"])
+        self._optimizer.load_state_dict(checkpoint["optimizer"])
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(checkpoint["scheduler"])
+        self.history, self._best = checkpoint["history"], checkpoint["best"]
+        if self.history:
+            float(sum(row[column] for row in self.history for column in COLUMNS) + self._best["test_acc"])
+        _set_random_state(checkpoint["random"][rank()])
 
-    def _write_file(self, name, data):
+    def _write(self, name, data):
+        if rank():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)  # should somebody have deleted it meanwhile
         try:
             write_atomically(self / name, data)
         except PermissionError as error:  # under Windows, while another program has it open
@@ -323,12 +276,8 @@ class Run:
     def _export(self, checkpoint):
         """The files that people read, from the checkpoint."""
         history, best = checkpoint["history"], checkpoint["best"]
-        if rank() or not history:
+        if not history:
             return
-        table = io.StringIO()
-        writer = csv.DictWriter(table, history[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
         summary = {
             "name": self.name,
             "hyperparameters": self.hyperparameters,
@@ -340,120 +289,48 @@ class Run:
             "training_seconds": round(sum(row["seconds"] for row in history), 1),
             **checkpoint["made_by"],
         }
-        self._write_file("history.csv", table.getvalue().encode())
-        self._write_file("run.json", (json.dumps(summary, indent=2) + "\n").encode())
-        self._write_file("last.pt", _serialized(checkpoint["model"]))
-        self._write_file("best.pt", _serialized(best["weights"]))
-
-    def _made_by(self):
-        """When, with what and on what the last epoch was trained, which need not be the machine that opens the run."""
-        device = next(self._model.parameters()).device
-        return {
-            "saved": datetime.now(UTC).isoformat(timespec="seconds"),
-            "data": self.data,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "threads": torch.get_num_threads(),
-            "platform": platform.platform(),
-            "versions": {"python": platform.python_version()}
-            | {package: version(package) for package in ("torch", "torchvision", "albumentations", "numpy")},
-        }
-
-    def _kinds(self):
-        """What the states of optimizer and scheduler fit."""
-        return {
-            "optimizer": type(self._optimizer).__name__,
-            "scheduler": type(self._scheduler).__name__ if self._scheduler else None,
-        }
-
-    def _differences(self, checkpoint):
-        """What in the settings is not as in the checkpoint, in words."""
-        saved, given = checkpoint["hyperparameters"], self.hyperparameters
-        pairs = {
-            key: (saved.get(key), given.get(key))
-            for key in sorted(saved.keys() | given.keys())
-            if key not in MAY_CHANGE
-        }
-        pairs |= {f"the {what}": (checkpoint["kinds"].get(what), kind) for what, kind in self._kinds().items()}
-        pairs["the number of parameters in the optimizer"] = tuple(
-            " + ".join(str(len(group["params"])) for group in groups)
-            for groups in (checkpoint["optimizer"]["param_groups"], self._optimizer.param_groups)
-        )
-        pairs["the schedule in steps, which EPOCHS and the number of images decide,"] = (
-            _schedule_steps(checkpoint["scheduler"]),
-            _schedule_steps(self._scheduler.state_dict() if self._scheduler else None),
-        )
-        pairs["the number of processes"] = len(checkpoint["random"]), world_size()
-        return [f"{what} was {then!r} and is {now!r}" for what, (then, now) in pairs.items() if then != now]
-
-    def _network_differences(self, checkpoint):
-        """What in the network is not as in the checkpoint, in words."""
-        then, now = (
-            {name: tuple(value.shape) for name, value in weights.items()}
-            for weights in (checkpoint["model"], self._model.state_dict())
-        )
-        differences = [
-            f"{name} of the network was {then.get(name, 'absent')} and is {now.get(name, 'absent')}"
-            for name in sorted(then.keys() | now.keys())
-            if then.get(name) != now.get(name)
-        ]
-        if printed_alike(checkpoint["made_by"]["versions"]):
-            then, now = checkpoint["network"], printed(self._model)
-            if then != now and not differences:  # perhaps a layer prints what it has learned
-                own = self._weights()
-                self._model.load_state_dict(checkpoint["model"])
-                now = printed(self._model)
-                self._model.load_state_dict(own)
-            differences += [
-                f"the network had {old.strip()} and has {new.strip()}"
-                for old, new in zip_longest(then.splitlines(), now.splitlines(), fillvalue="nothing")
-                if old != new
-            ]
-        return differences
+        table = [history[0].keys(), *(row.values() for row in history)]
+        self._write("history.csv", "".join(",".join(map(str, line)) + "\n" for line in table).encode())
+        self._write("run.json", (json.dumps(summary, indent=2) + "\n").encode())
+        self._write("last.pt", serialized(checkpoint["model"]))
+        self._write("best.pt", serialized(best["weights"]))
 
 
-def printed(model):
-    """A network as text: its layers, and a checksum of what the forward of each class of its own does."""
-    lines = [re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(model))]  # addresses change from process to process
-    for kind in dict.fromkeys(type(module) for module in model.modules()):
-        forward = inspect.unwrap(kind.forward)
-        if not kind.__module__.startswith("torch.") and hasattr(forward, "__code__"):
-            checksum = zlib.crc32(_described(forward.__code__, forward.__doc__).encode())
-            lines.append(f"{kind.__name__}.forward {checksum:08x}")
-    return "\n".join(lines)
+NO_CHECKPOINT = (
+    "{} is not a checkpoint of a run; nothing was changed. Put back a good copy, or delete it to start afresh"
+)
 
 
-def _described(code, doc=None):
-    """What a function does, wherever it stands in its file: its bytecode, its names and its constants."""
-    constants = [
-        _described(constant) if isinstance(constant, types.CodeType) else repr(constant)
-        for constant in code.co_consts
-        # The order of a set changes from process to process.
-        if constant not in (None, doc) and not isinstance(constant, frozenset)
+def printed(thing):
+    """A network, say, as text, without addresses, which change from process to process."""
+    return re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(thing))
+
+
+def _identity(hyperparameters, optimizer, scheduler):
+    """What a run resumes only with, beside the network: its settings, and the kinds of what has a state."""
+    kinds = {
+        "optimizer": type(optimizer).__name__,
+        "parameters": " + ".join(str(len(group["params"])) for group in optimizer.param_groups),
+        "scheduler": f"{type(scheduler).__name__} {printed(getattr(scheduler, 'made_with', {}))}",
+        "processes": world_size(),
+    }
+    return {"hyperparameters": _plain(dict(hyperparameters)), "kinds": kinds}
+
+
+def _differences(checkpoint, now, model):
+    """What is not as in the checkpoint, in a few words each."""
+    then, now = ({**each["hyperparameters"], **each["kinds"], "epochs": None} for each in (checkpoint, now))
+    names = sorted(then.keys() | now.keys())
+    differences = [
+        f"{name} {then.get(name)!r} → {now.get(name)!r}" for name in names if then.get(name) != now.get(name)
     ]
-    return f"{code.co_code.hex()} {code.co_names} {constants}"
-
-
-def printed_alike(versions):
-    """Whether the network of a run made with {package: version} would be printed the same way here."""
-    here = {"python": platform.python_version(), "torch": version("torch")}
-    return here == {package: versions.get(package) for package in here}
-
-
-def _schedule_steps(state):
-    """At which steps a scheduler and its parts change or end, from its state_dict."""
-    state, names = state or {}, "total_steps T_max T_0 total_iters step_size milestones _milestones total_size".split()
-    own = [list(state[name]) if name.endswith("milestones") else state[name] for name in names if name in state]
-    return own + [steps for part in state.get("_schedulers", ()) for steps in _schedule_steps(part)]
-
-
-def _check_hyperparameters(hyperparameters):
-    for name, value in hyperparameters.items():
-        # A subclass, such as NumPy's float64, would be saved but not load again; NaN is not even equal to itself.
-        if type(value) not in (int, float, bool, str, type(None)) or value != value:
-            raise TypeError(
-                f"hyperparameter {name!r} is {value!r}, a {type(value).__name__}; it must be a number, string or bool "
-                "of Python, or None"
-            )
+    if checkpoint["made_by"]["versions"]["torch"] == version("torch"):  # another one prints layers otherwise
+        trained = copy.deepcopy(model)  # as a layer may print what it has learned
+        with contextlib.suppress(RuntimeError):  # of other shapes, which are printed too
+            trained.load_state_dict(checkpoint["model"])
+        pairs = zip(checkpoint["network"].splitlines(), printed(trained).splitlines())
+        differences += [f"{old.strip()} → {new.strip()}" for old, new in pairs if old != new]
+    return differences
 
 
 def _plain(value):
@@ -465,28 +342,18 @@ def _plain(value):
     return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
-def _serialized(value):
-    """What torch.save writes, in memory, so that a full disk is an ordinary OSError of one write."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
 def _random_state():
     """States of the generators of Python, NumPy, torch and CUDA, in types that `weights_only` loads."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    name, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all()
     return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
-        "numpy": (name, keys.tolist(), position, has_gauss, gauss),
-        "python": random.getstate(),
-    }
+        "torch": torch.get_rng_state(), "cuda": cuda, "numpy": (name, keys.tolist(), *rest), "python": random.getstate()
+    }  # fmt: skip
 
 
-def _set_random_state(states):
-    state = states[rank()]
+def _set_random_state(state):
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
-    np.random.set_state(tuple(state["numpy"]))
-    random.setstate(tuple(tuple(part) if isinstance(part, list) else part for part in state["python"]))
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])

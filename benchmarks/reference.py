@@ -31,12 +31,8 @@ def seed_worker(_):
 
 
 def get_loaders(train_set, test_set, device, batch_size=256, transforms=None):
-    options = dict(
-        batch_size=batch_size,
-        num_workers=os.cpu_count(),
-        pin_memory=device.type == "cuda",
-        worker_init_fn=seed_worker,
-    )
+    options = {"batch_size": batch_size, "num_workers": os.cpu_count(), "worker_init_fn": seed_worker}
+    options["pin_memory"] = device.type == "cuda"
     train_data = ImageDataset(train_set.images, train_set.labels, transforms or get_train_transforms())
     test_data = ImageDataset(test_set.images, test_set.labels, get_test_transforms())
     return DataLoader(train_data, shuffle=True, **options), DataLoader(test_data, shuffle=False, **options)

@@ -1,121 +1,76 @@
-"""Which network and which recipe are best under the rules? A search on validation images, by Optuna.
+"""Which network and which recipe are best under the rules? Trials on validation images, kept by Optuna.
 
-    python benchmarks/search.py --trials 20     # go on with the study, for twenty more trials
-    python benchmarks/search.py                 # the table and the plots of the trials so far
-    python benchmarks/search.py --ablation      # the recipe without one of its ingredients at a time, at two seeds
+    python benchmarks/search.py --trials 20                 # go on with the search, for twenty more trials
+    python benchmarks/search.py --arms "no holes" "Muon, momentum 0.8" --seeds 1 2 3     # named changes of the recipe
+    python benchmarks/search.py                             # the tables of the trials so far
 
 5,000 of the 50,000 training images, 500 of each class and always the same, are for validation; the other 45,000 are
-trained on. No test image is ever looked at. The study is one journal file, benchmarks/results/search.journal: it goes
-on after an interruption, and processes that share the file share the study, on other machines through a shared folder
-as well: `--journal /shared/search.journal`. Hyperband ends trials early that are behind others of the same length.
+trained on. No test image is ever looked at. Both studies are one journal file, benchmarks/results/search.journal:
+processes that share the file share them, on other machines through a shared folder as well: `--journal
+/shared/search.journal`.
 """
 
 import argparse
-import json
 import pathlib
+import statistics
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-import devices  # noqa: F401
-
-import matplotlib.pyplot as plt
 import optuna
-import torch
-import torch.nn.functional as F
-from accuracy import read_result
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from torch import nn
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from torch.utils.data import SubsetRandomSampler
-from torch.utils.flop_counter import FlopCounterMode
 
 import utils
 from image_sets import load_images
-from models import Residual, layer, separable
-from output import write_atomically
-from recipes import RECIPES, flatten_recipe
 
-RESULTS = pathlib.Path(__file__).parent / "results"
-FIGURES = pathlib.Path(__file__).parent.parent / "figures"
+ROOT = pathlib.Path(__file__).parent.parent
 EPOCHS = 8
-MOST_PARAMETERS = 200_000
-MOST_MULTIPLY_ADDS = 40e6  # per image; S9 takes 32 million, in layers that a CPU computes less well
+SGD = {"name": "SGD", "nesterov": True, "kernel_lr": None}
+ARMS = {  # what is changed in resnet-quick
+    "as it is": {},
+    "no label smoothing": {"loss": {"label_smoothing": 0.0}},
+    "no weight decay": {"optimizer": {"weight_decay": 0.0}},
+    "SGD instead of Muon": {"optimizer": SGD},
+    "no flips": {"transforms": {"flip": 0.0}},
+    "no crops": {"transforms": {"crop_padding": 0}},
+    "no shifts, scales, rotations": {"transforms": {"shift_scale_rotate": 0.0}},
+    "no holes": {"transforms": {"cutout": 0.0}},
+    "both at 0.02": {"transforms": {"shift_scale_rotate": 0.02, "cutout": 0.02}},
+    "Muon, momentum 0.8": {"optimizer": {"momentum": 0.8}},
+    "warm-up of a tenth": {"scheduler": {"pct_start": 0.1}},
+}
 
 
-class Candidate(nn.Module):
-    """A network of the layers of `models.SeparableResNet`, from the settings of a trial; C4 may be empty."""
-
-    channels_last = True
-
-    def __init__(self, settings):
-        super().__init__()
-        widths = [settings[f"C{block} width"] for block in (1, 2, 3, 4)]
-
-        def residuals(block):
-            width, count = settings[f"C{block} width"], settings[f"C{block} residuals"]
-            if block > 2:
-                return [Residual(separable(width), separable(width, activation=nn.Identity)) for _ in range(count)]
-            dilations = [2 if block == 1 or settings["C1 residuals"] == 0 else 1] + [1] * count
-            return [
-                Residual(layer(width, width, dilation=dilation), layer(width, width, activation=nn.Identity))
-                for dilation in dilations[:count]
-            ]
-
-        def strided(block, groups):
-            return layer(widths[block - 1], widths[block], stride=2, groups=groups)
-
-        self.C1 = nn.Sequential(layer(3, widths[0]), *residuals(1), strided(1, 1))
-        self.C2 = nn.Sequential(*residuals(2), strided(2, settings["groups"]))
-        self.C3 = nn.Sequential(*residuals(3), strided(3, settings["groups"]))
-        last = [Residual(separable(widths[3], activation=nn.Identity)) for _ in range(settings["C4 residuals"])]
-        self.C4 = nn.Sequential(*last)
-        self.classifier = nn.Linear(widths[3], 10)
-
-    def forward(self, x):
-        x = self.C4(self.C3(self.C2(self.C1(x))))
-        return F.log_softmax(self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1)), dim=1, dtype=torch.float32)
+def changed(recipe, change):
+    """The recipe with some arguments of its settings replaced; those that become None are left out."""
+    merged = {setting: recipe[setting] | arguments for setting, arguments in change.items()}
+    return recipe | {name: {k: v for k, v in value.items() if v is not None} for name, value in merged.items()}
 
 
 def suggest(trial):
-    """(settings of a network, recipe) of a trial."""
-    choose = trial.suggest_categorical
-    settings = {
-        "C1 width": choose("C1 width", [16, 32]),
-        "C1 residuals": trial.suggest_int("C1 residuals", 0, 2),
-        "C2 width": choose("C2 width", [32, 48, 64]),
-        "C2 residuals": trial.suggest_int("C2 residuals", 1, 2),
-        "C3 width": choose("C3 width", [64, 96, 128]),
-        "C3 residuals": trial.suggest_int("C3 residuals", 1, 3),
-        "C4 width": choose("C4 width", [96, 128, 160]),
-        "C4 residuals": trial.suggest_int("C4 residuals", 0, 2),
-        "groups": choose("groups", [1, 2, 4]),
-    }
-    recipe = utils.get_recipe("resnet-quick")
-    recipe["epochs"] = EPOCHS
-    recipe["batch_size"] = choose("batch_size", [64, 128, 256])
-    recipe["optimizer"] = {"name": choose("optimizer", ["SGD", "MuonSGD"]), "momentum": 0.9, "decay": "weights"}
-    recipe["optimizer"]["lr"] = trial.suggest_float("lr", 0.05, 1.0, log=True)
-    recipe["optimizer"]["weight_decay"] = trial.suggest_float("weight_decay", 1e-4, 2e-3, log=True)
-    if recipe["optimizer"]["name"] == "SGD":
-        recipe["optimizer"]["nesterov"] = True  # which Muon's has anyway
+    """The change of a trial of the search."""
+    muon = trial.suggest_categorical("optimizer", ["SGD", "MuonSGD"]) == "MuonSGD"
+    optimizer = {"kernel_lr": trial.suggest_float("kernel_lr", 0.005, 0.1, log=True)} if muon else SGD
+    optimizer |= {"lr": trial.suggest_float("lr", 0.05, 1.0, log=True)}
+    optimizer |= {"weight_decay": trial.suggest_float("weight_decay", 1e-4, 2e-3, log=True)}
+    names = ("flip", "shift_scale_rotate", "cutout")
+    transforms = {name: trial.suggest_categorical(name, [0.02, 0.1, 0.3, 0.5]) for name in names}
+    smoothing = trial.suggest_categorical("label_smoothing", [0.0, 0.1, 0.2])
+    return {"optimizer": optimizer, "transforms": transforms, "loss": {"label_smoothing": smoothing}}
+
+
+def objective(trial):
+    """Accuracy on the validation part after the last epoch, in %."""
+    named = trial.study.study_name == "arms"
+    if named:
+        change = ARMS[trial.suggest_categorical("arm", list(ARMS))]
+        utils.seed_everything(trial.suggest_int("seed", 0, 10**6))
     else:
-        recipe["optimizer"]["kernel_lr"] = trial.suggest_float("kernel_lr", 0.005, 0.1, log=True)
-    recipe["loss"]["label_smoothing"] = choose("label_smoothing", [0.0, 0.1, 0.2])
-    recipe["transforms"]["shift_scale_rotate"] = choose("shift_scale_rotate", [0.1, 0.3, 0.5])
-    recipe["transforms"]["cutout"] = choose("cutout", [0.1, 0.3, 0.5])
-    return settings, recipe
-
-
-def multiply_adds(model):
-    """Per image of 32x32."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.zeros(1, 3, 32, 32))
-    return counter.get_total_flops() / 2
-
-
-def validate(model, recipe, report=lambda epoch, accuracy: None):
-    """Train on the training part and return the accuracy on the validation part after the last epoch, in %."""
+        change = suggest(trial)
+        utils.seed_everything(1)
+    recipe = changed(utils.get_recipe("resnet-quick") | {"epochs": EPOCHS}, change)
     device = utils.best_device()
     training, validation = utils.split_validation(load_images("cifar10", "train").labels)
     options = {"batch_size": recipe["batch_size"], "sampler": SubsetRandomSampler(training)}
@@ -123,122 +78,60 @@ def validate(model, recipe, report=lambda epoch, accuracy: None):
     _, train_loader = utils.get_CIFARdataset_with_loader("train", options, transforms=transforms)
     options = {"batch_size": 500, "sampler": validation}
     _, loader = utils.get_CIFARdataset_with_loader("train", options, transforms=utils.get_test_transforms())
-    optimizer, scheduler, criterion = utils.build_training(recipe, model.to(device), len(train_loader))
+    model = utils.build_model(recipe).to(device)
+    optimizer, scheduler, criterion = utils.build_training(recipe, model, len(train_loader))
     accuracies = []
-    for epoch in range(1, recipe["epochs"] + 1):
+    for epoch in range(1, EPOCHS + 1):
         utils.train(model, device, train_loader, optimizer, criterion, scheduler=scheduler, verbose=False)
         utils.test(model, device, loader, criterion, test_acc=accuracies, verbose=False)
-        print(f"  epoch {epoch}/{recipe['epochs']}: {accuracies[-1]:.2f} %", flush=True)
-        report(epoch, accuracies[-1])
+        print(f"  epoch {epoch}/{EPOCHS}: {accuracies[-1]:.2f} %", flush=True)
+        trial.report(accuracies[-1], epoch)
+        if not named and trial.should_prune():
+            raise optuna.TrialPruned
     return accuracies[-1]
 
 
-def objective(trial):
-    settings, recipe = suggest(trial)
-    utils.seed_everything(1)
-    model = Candidate(settings)
-    parameters, cost = sum(p.numel() for p in model.parameters()), multiply_adds(model)
-    trial.set_user_attr("parameters", parameters)
-    trial.set_user_attr("million multiply-adds", round(cost / 1e6, 1))
-    trial.set_user_attr("activation", type(layer(1, 1)[-1]).__name__)
-    if parameters >= MOST_PARAMETERS or cost > MOST_MULTIPLY_ADDS:
-        raise optuna.TrialPruned("too large")
-
-    def report(epoch, accuracy):
-        trial.report(accuracy, epoch)
-        if epoch < EPOCHS and trial.should_prune():
-            raise optuna.TrialPruned
-
-    try:
-        return validate(model, recipe, report)
-    except FloatingPointError:
-        raise optuna.TrialPruned("diverged") from None
-
-
-def ablation(seeds=(1, 2)):
-    """The recipe resnet-quick as it is, and without one ingredient at a time; validation accuracies in %."""
-    path = RESULTS / "ablation.json"
-    whole = RECIPES["resnet-quick"]
-    data = load_images("cifar10", "train").name
-    empty = {"hyperparameters": flatten_recipe(whole) | {"dataset": data}, "accuracies": {}}
-    results = read_result(path, empty["hyperparameters"]) or empty
-    sgd = {name: value for name, value in whole["optimizer"].items() if name != "kernel_lr"}
-    sgd |= {"name": "SGD", "nesterov": True}
-    without = {
-        "as it is": {},
-        "no label smoothing": {"loss": whole["loss"] | {"label_smoothing": 0.0}},
-        "no weight decay": {"optimizer": whole["optimizer"] | {"weight_decay": 0.0}},
-        "SGD instead of Muon": {"optimizer": sgd},
-        "no flips": {"transforms": whole["transforms"] | {"flip": 0.0}},
-        "no crops": {"transforms": whole["transforms"] | {"crop_padding": 0}},
-        "no shifts, scales, rotations": {"transforms": whole["transforms"] | {"shift_scale_rotate": 0.0}},
-        "no holes": {"transforms": whole["transforms"] | {"cutout": 0.0}},
-    }
-    for seed in seeds:
-        for name, change in without.items():
-            accuracies = results["accuracies"].setdefault(name, {})
-            if str(seed) in accuracies:
-                continue
-            print(f"{name}, seed {seed}", flush=True)
-            recipe = utils.get_recipe("resnet-quick") | change
-            utils.seed_everything(seed)
-            accuracies[str(seed)] = validate(utils.build_model(recipe), recipe)
-            write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
-    print("\n| recipe | validation accuracy, % |\n| --- | --- |")
-    for name, accuracies in results["accuracies"].items():
-        print(f"| {name} | {', '.join(f'{accuracy:.2f}' for accuracy in accuracies.values())} |")
-
-
-def open_study(journal, to_go_on):
-    """The study in a journal file, which is written to only to go on; new then if there is none yet."""
-    storage, name = JournalStorage(JournalFileBackend(journal)), "resnet"
-    if not to_go_on:
-        return optuna.load_study(study_name=name, storage=storage)
-    return optuna.create_study(
-        storage=storage,
-        study_name=name,
-        load_if_exists=True,
-        direction="maximize",
-        sampler=optuna.samplers.TPESampler(multivariate=True, constant_liar=True),
-        # Not after fewer epochs: while the learning rate rises, the accuracy says little, and less the higher it is.
-        pruner=optuna.pruners.HyperbandPruner(min_resource=4, max_resource=EPOCHS, reduction_factor=2),
-    )
-
-
-def show(study):
-    """The table of all trials, best first, and Optuna's plots of the history and of what mattered."""
-    trials = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
-    if not trials:
-        return print(f"{len(study.trials)} trials, none of them to the end yet: most are too large, so ask for more")
-    columns = list(dict.fromkeys(name for trial in trials for name in trial.params))
-    attributes = ["parameters", "million multiply-adds", "activation"]
-    print(f"{len(study.trials)} trials, {len(trials)} of them to the end of {EPOCHS} epochs\n")
-    print(f"| validation accuracy, % | {' | '.join(attributes + columns)} |")
-    print("|" + " --- |" * (1 + len(attributes) + len(columns)))
-    for trial in sorted(trials, key=lambda trial: -trial.value):
-        values = [trial.user_attrs[name] for name in attributes] + [trial.params.get(name, "") for name in columns]
-        cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
-        print(f"| {trial.value:.2f} | {' | '.join(cells)} |")
-    optuna.visualization.matplotlib.plot_optimization_history(study)
-    plt.savefig(FIGURES / "search-history.png", dpi=120, bbox_inches="tight")
-    if len(trials) > 3:
-        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        optuna.visualization.matplotlib.plot_param_importances(study, evaluator=evaluator)
-        plt.savefig(FIGURES / "search-importance.png", dpi=120, bbox_inches="tight")
+def open_study(name, journal):
+    """One of the studies in the journal, which a process that was killed may have left with half a line at its end."""
+    path = pathlib.Path(journal)
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    # A lock by O_EXCL instead of a symlink, which Windows may forbid.
+    storage = JournalStorage(JournalFileBackend(journal, lock_obj=JournalFileOpenLock(journal)))
+    sampler = optuna.samplers.TPESampler(multivariate=True, constant_liar=True)
+    # Not after fewer epochs: while the learning rate rises, the accuracy says little, and less the higher it is.
+    pruner = optuna.pruners.HyperbandPruner(min_resource=4, max_resource=EPOCHS, reduction_factor=2)
+    options = {"study_name": name, "storage": storage, "sampler": sampler, "pruner": pruner}
+    if name in optuna.get_all_study_names(storage):  # else a journal that is only shown would grow
+        return optuna.load_study(**options)
+    return optuna.create_study(**options, direction="maximize")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=0)
-    parser.add_argument("--journal", default=str(RESULTS / "search.journal"))
-    parser.add_argument("--ablation", action="store_true")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--journal", default=str(ROOT / "benchmarks" / "results" / "search.journal"))
     arguments = parser.parse_args()
-    if arguments.ablation:
-        return ablation()
-    study = open_study(arguments.journal, to_go_on=arguments.trials > 0)
+    arms, search = open_study("arms", arguments.journal), open_study("recipe", arguments.journal)
+    for seed in arguments.seeds:
+        for arm in arguments.arms:
+            arms.enqueue_trial({"arm": arm, "seed": seed}, skip_if_exists=True)
+    waiting = [trial for trial in arms.trials if trial.state == optuna.trial.TrialState.WAITING]
+    if arguments.arms:
+        arms.optimize(objective, n_trials=len(waiting))
     if arguments.trials:
-        study.optimize(objective, n_trials=arguments.trials)
-    show(study)
+        search.optimize(objective, n_trials=arguments.trials, catch=FloatingPointError)
+
+    accuracies = {}
+    for trial in arms.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
+        accuracies.setdefault(trial.params["arm"], []).append(trial.value)
+    print("\n| change of the recipe | validation accuracy, % | mean |\n| --- | --- | --- |")
+    for arm, values in accuracies.items():
+        print(f"| {arm} | {', '.join(f'{value:.2f}' for value in values)} | {statistics.mean(values):.2f} |")
+    for trial in sorted(search.get_trials(states=[optuna.trial.TrialState.COMPLETE]), key=lambda trial: -trial.value):
+        print(f"{trial.value:.2f} %: {trial.params}")
 
 
 if __name__ == "__main__":

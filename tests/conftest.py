@@ -8,15 +8,21 @@ import sys
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-import devices  # before torch
-
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
+import utils
 from image_sets import load_images
-from runs import load_weights
+from output import load_weights
 
 torch.set_num_threads(1)  # small networks need no more, and several wait for each other on a busy machine
+
+
+@pytest.fixture(autouse=True)
+def figures_closed():
+    yield
+    plt.close("all")
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +38,7 @@ def processes():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "torch._dynamo", "utils"])  # an optimizer would import _dynamo
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(pathlib.Path(devices.__file__).parent))  # where the server finds utils
+        patch.setenv("PYTHONPATH", str(pathlib.Path(utils.__file__).parent))  # where the server finds utils
         process = context.Process(target=print)
         process.start()
     process.join()

@@ -161,6 +161,16 @@ def test_all_randomness_comes_from_the_generator(transforms):
     assert np.array_equal(first, same) and not np.array_equal(first, other)
 
 
-def test_shapes_that_do_not_make_a_batch_are_refused():
-    with pytest.raises(ValueError, match=r"different shapes.*A\.Resize"):
+def test_what_no_batch_can_be_made_with_is_refused():
+    with pytest.raises(ValueError, match="same shape"):
         by_batch(A.RandomScale(scale_limit=0.5, p=0.5), random_images(32))
+    with pytest.raises(TypeError, match=r"Flatten; .*albumentations\.Compose"):
+        by_batch(torch.nn.Flatten(), random_images(4))
+
+
+@pytest.mark.parametrize("padding, side", [(4, 32), (5, 7), (9, 8)])
+def test_the_border_is_opencvs_reflection(padding, side):
+    images = random_images(3)[:, :side]
+    padded = by_batch(A.Pad(padding=padding, border_mode=cv2.BORDER_REFLECT_101), images)
+    border = [padding] * 4
+    assert np.array_equal(padded, [cv2.copyMakeBorder(image, *border, cv2.BORDER_REFLECT_101) for image in images])

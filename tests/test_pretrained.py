@@ -3,7 +3,6 @@
 Where the network was changed since they were trained, what they do is not tested.
 """
 
-import json
 import os
 import pathlib
 
@@ -13,13 +12,12 @@ import torch
 from torch import nn
 
 import models
-import pretrained
 import utils
 from image_sets import CIFAR10_CLASSES, load_images
 from models import Model
 from predict import load_network
-from pretrained import most_accurate, provenance, scores_of
-from recipes import RECIPES, flatten_recipe
+from pretrained import provenance, scores_of, shipped
+from recipes import RECIPES, build_model, flatten_recipe, get_recipe
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHIPPED = sorted(path.stem for path in (ROOT / "weights").glob("*.json"))
@@ -60,7 +58,9 @@ def cifar10():
 
 def test_what_ships():
     assert {"s9", "tuned"} <= set(SHIPPED) <= set(RECIPES)
-    assert SHIPPED == sorted(path.stem for path in (ROOT / "weights").glob("*.pt"))
+    assert SHIPPED == sorted(path.stem for path in (ROOT / "weights").glob("*.pt")) == sorted(shipped())
+    accuracies = [provenance(name)["test_accuracy_percent"] for name in shipped()]
+    assert accuracies == sorted(accuracies, reverse=True)
 
 
 def test_provenance_is_of_the_recipe_as_it_is(name):
@@ -129,14 +129,18 @@ def test_weights_of_another_network_are_refused():
 
 
 def test_an_unknown_name_says_which_there_are():
-    with pytest.raises(ValueError, match=f"'best'.*there is {', '.join(SHIPPED)}"):
+    with pytest.raises(ValueError, match=f"'best'.*there is {', '.join(shipped())}"):
         Model.from_pretrained("best")
 
 
-def test_most_accurate(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrained, "WEIGHTS", tmp_path)
-    with pytest.raises(ValueError, match="there are no weights"):
-        most_accurate()
-    for name, accuracy in (("a", 81.5), ("b", 93.25), ("c", 9.5)):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"test_accuracy_percent": accuracy}))
-    assert most_accurate() == "b"
+def test_torch_hub_gives_the_networks_by_name():
+    for name in SHIPPED:
+        model = torch.hub.load(str(ROOT), name.replace("-", "_"), source="local", trust_repo=True)
+        assert not model.training and scores_of(model) == pytest.approx(provenance(name)["scores"], abs=0.05)
+
+
+def test_a_trained_body_with_a_new_head():
+    recipe = get_recipe("finetune")
+    model, trained = build_model(recipe, 3), models.SeparableResNet.from_pretrained(recipe["weights"])
+    assert model.training and model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+    assert torch.equal(model.C3[1][0].weight, trained.C3[1][0].weight)

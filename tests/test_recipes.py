@@ -33,7 +33,7 @@ def learning_rates(name, steps_per_epoch, **changed):
 def test_s9_is_the_original_run():
     recipe, model, optimizer, _, criterion = prepared("s9", 196)
     assert (recipe["epochs"], recipe["batch_size"], model.C1[0].dropout.p) == (80, 256, 0.05)
-    assert type(optimizer) is torch.optim.SGD and isinstance(criterion, nn.NLLLoss)
+    assert type(optimizer) is torch.optim.SGD and criterion.func is torch.nn.functional.nll_loss
     group = optimizer.param_groups[0]
     assert (group["lr"], group["momentum"], group["nesterov"], group["weight_decay"]) == (0.2, 0.9, False, 0)
     assert repr(utils.get_train_transforms(**recipe["transforms"])) == repr(utils.get_train_transforms())
@@ -52,17 +52,11 @@ def test_the_others_rise_and_fall_in_straight_lines(name):
     assert rates == pytest.approx(rise + fall, abs=1e-4 * peak)
 
 
-def test_a_run_too_short_to_rise_and_fall_is_refused():
-    with pytest.raises(ValueError, match="1 epochs of 5 batches are too few"):
-        prepared("tuned", 5, epochs=1)
-    prepared("tuned", 6, epochs=1)
-
-
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "s9"])
 def test_weights_decay_unless_muon_sets_their_scale_and_nothing_else_does(name):
     _, model, optimizer, _, _ = prepared(name, 10)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    of_muon = {id(p) for group in optimizer.param_groups if group.get("kernel_scale") for p in group["params"]}
+    of_muon = {id(p) for group in optimizer.param_groups if group["muon"] for p in group["params"]}
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.bias is None]
     assert of_muon == {id(m.weight) for m in convolutions if m.in_channels > m.groups}
     weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
@@ -77,7 +71,7 @@ def test_training_images_are_augmented_by_the_rules(name):
     fires = {type(transform): transform.p for transform in transforms.transforms}
     if name == "s9" or RECIPES[name]["model"] != "Model":  # the other ways to train S9 go without some
         assert all(fires[kind] > 0 for kind in (A.HorizontalFlip, ShiftScaleRotate, A.CoarseDropout))
-    assert isinstance(transforms, A.Compose) and fires[A.HorizontalFlip] > 0
+    assert isinstance(transforms, A.Compose) and (fires[A.HorizontalFlip] > 0) == (name != "digits")
 
 
 # Of those that differ only in how long they train and on what, one is enough.
@@ -117,5 +111,5 @@ def test_settings_of_a_run():
 def test_unknown_names_say_which_there_are():
     with pytest.raises(ValueError, match=r"unknown recipe 'S9'; there is s9, tuned"):
         get_recipe("S9")
-    with pytest.raises(ValueError, match="unknown setting 'dropuot' in the recipe; there is model, epochs, batch_size"):
+    with pytest.raises(ValueError, match="unknown setting 'dropuot' in the recipe; there is batch_size, dropout"):
         flatten_recipe(get_recipe("s9") | {"dropuot": 0.1})
