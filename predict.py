@@ -133,14 +133,24 @@ def _as_pil(image, name):
         raise ValueError(f"{image} is not a picture that can be read ({error})") from None
 
 
-def post_prediction(picture, prediction, path=None):
-    """A picture, in any form that `predict` takes, beside the probabilities of its three most probable classes."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3), layout="constrained")
-    left.imshow(_as_pil(picture, "the picture").convert("RGB"))
-    left.axis("off")
-    names, probabilities = zip(*sorted(prediction.probabilities.items(), key=lambda item: item[1])[-3:])
-    right.barh([name.replace("$", r"\$") for name in names], [100 * value for value in probabilities])
-    right.set(xlabel="probability (%)", xlim=(0, 100))
+def post_predictions(pictures, predictions, path=None):
+    """Pictures, in any form that `predict` takes, each above its three most probable classes."""
+    columns = min(len(pictures), 6)
+    rows = -(-len(pictures) // columns)
+    figure, axes = plt.subplots(
+        2 * rows, columns, figsize=(2.3 * columns, 3.6 * rows), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for number, (picture, prediction) in enumerate(zip(pictures, predictions)):
+        above, below = axes[2 * (number // columns) :, number % columns][:2]
+        above.imshow(_as_pil(picture, "a picture").convert("RGB"))
+        best = sorted(prediction.probabilities.items(), key=lambda item: item[1])[-3:]
+        below.axis("on")
+        below.barh(range(3)[: len(best)], [100 * probability for _, probability in best], color="tab:green", alpha=0.4)
+        for position, (name, probability) in enumerate(best):
+            below.text(3, position, f"{name} {probability:.1%}".replace("$", r"\$"), va="center", fontsize=11)
+        below.set(xlim=(0, 100), yticks=[], xlabel="probability (%)")
     return save_figure(figure, path)
 
 
@@ -183,26 +193,24 @@ def main():
     parser.add_argument("pictures", nargs="+", metavar="picture", help="an image file of any size")
     names = ", ".join(shipped())
     parser.add_argument("--weights", help=f"{names} (default: the first), or runs/<name>/last.pt of a run of your own")
-    parser.add_argument("--show", metavar="FILE", help="draw the first picture and its probabilities into this file")
+    parser.add_argument("--show", metavar="FILE", help="draw the pictures and their classes into this file")
     arguments = parser.parse_args()
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter of a name
     try:
         model, classes = load_network(arguments.weights or shipped()[0])
     except (OSError, ValueError) as error:
         sys.exit(str(error))
-    failed = False
+    shown, failed = {}, False
     for name in arguments.pictures:
         for picture in sorted(glob.glob(name)) or [name]:  # which Windows' shells do not expand
             try:
-                [prediction] = predict(model, picture, classes)
+                [shown[picture]] = predict(model, picture, classes)
+                print(f"{picture}: {shown[picture]}")
             except (OSError, ValueError) as error:
                 print(error, file=sys.stderr)
                 failed = True
-                continue
-            print(f"{picture}: {prediction}")
-            if arguments.show:
-                post_prediction(picture, prediction, arguments.show)
-                arguments.show = None
+    if arguments.show and shown:
+        post_predictions([*shown], [*shown.values()], arguments.show)
     sys.exit(failed)
 
 

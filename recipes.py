@@ -8,6 +8,7 @@ import copy
 
 import models
 from optimization import get_loss, get_optimizer, get_scheduler
+from predict import load_network
 
 # The S9 network trained better; RESULTS.md says how it was chosen.
 TUNED = {
@@ -89,11 +90,11 @@ def get_recipe(name):
 
 def build_model(recipe, num_classes=10):
     """The recipe's network on the CPU, untrained, or with the body of the weights that the recipe names."""
-    network = getattr(models, recipe["model"])
-    model = network(recipe["dropout"], num_classes)
+    model = getattr(models, recipe["model"])(recipe["dropout"], num_classes)
     if recipe.get("weights"):
-        head, model = model.classifier, network.from_pretrained(recipe["weights"]).train()
-        model.classifier = head
+        trained, _ = load_network(recipe["weights"])
+        trained.classifier = model.classifier
+        model.load_state_dict(trained.state_dict())
     return model
 
 

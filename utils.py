@@ -25,7 +25,7 @@ from layers import faster_layers
 from optimization import get_loss, get_optimizer, get_scheduler
 from output import in_notebook, load_weights, save_figure, scrolled
 from parallel import average_gradients, begin_epoch, rank, unwrap, world_size
-from predict import class_names, post_prediction, predict
+from predict import class_names, post_predictions, predict
 from receptive_field import post_receptive_field
 from recipes import build_model, build_training, get_recipe, run_settings
 from runs import Run, seed_everything
@@ -54,7 +54,7 @@ __all__ = [
     "post_confusion_matrix",
     "post_display",
     "post_misclassified",
-    "post_prediction",
+    "post_predictions",
     "post_progress",
     "post_receptive_field",
     "predict",

@@ -18,7 +18,7 @@ from torch import nn
 import models
 import utils
 from image_sets import CIFAR10_CLASSES
-from predict import class_names, main, post_prediction, predict
+from predict import class_names, main, post_predictions, predict
 from pretrained import shipped
 from recipes import build_model, build_training, get_recipe, run_settings
 
@@ -279,7 +279,7 @@ def test_a_run_of_ones_own_classifies_with_its_classes(own_run, tmp_path, monkey
         edit('"torch": "', '"torch": "0.')(own_run)
 
 
-def test_pictures_by_a_pattern_and_a_chart_of_the_first(own_run, tmp_path, monkeypatch, capsys):
+def test_pictures_by_a_pattern_and_a_chart_of_them(own_run, tmp_path, monkeypatch, capsys):
     """Windows' shells leave patterns to the program."""
     for name in "ab":
         Image.fromarray(RGB).save(tmp_path / f"{name}.png")
@@ -289,9 +289,10 @@ def test_pictures_by_a_pattern_and_a_chart_of_the_first(own_run, tmp_path, monke
     assert code == 0 and [line.split(":")[0][-5:] for line in out.splitlines()] == ["a.png", "b.png"]
     with Image.open(chart) as opened:
         assert opened.format == "JPEG"
-    picture, bars = post_prediction(RGB, predict(MeanColour(), RGB, COLOURS)[0]).axes
-    assert np.array_equal(picture.images[0].get_array(), RGB) and len(bars.patches) == 3
-    assert sum(bar.get_width() for bar in bars.patches) == pytest.approx(100)
+    axes = post_predictions([RGB] * 8, predict(MeanColour(), [RGB] * 8, COLOURS)).axes
+    for picture, bars in ((axes[0], axes[6]), (axes[13], axes[19])):
+        assert np.array_equal(picture.images[0].get_array(), RGB) and len(bars.patches) == 3
+        assert sum(bar.get_width() for bar in bars.patches) == pytest.approx(100)
 
 
 def test_names_that_a_terminal_has_no_letters_for(own_run, tmp_path):

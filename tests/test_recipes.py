@@ -71,7 +71,7 @@ def test_training_images_are_augmented_by_the_rules(name):
     fires = {type(transform): transform.p for transform in transforms.transforms}
     if name == "s9" or RECIPES[name]["model"] != "Model":  # the other ways to train S9 go without some
         assert all(fires[kind] > 0 for kind in (A.HorizontalFlip, ShiftScaleRotate, A.CoarseDropout))
-    assert isinstance(transforms, A.Compose) and (fires[A.HorizontalFlip] > 0) == (name != "digits")
+    assert isinstance(transforms, A.Compose) and (fires[A.HorizontalFlip] > 0) == (name != "demo")
 
 
 # Of those that differ only in how long they train and on what, one is enough.
