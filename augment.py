@@ -1,9 +1,8 @@
 """From an array of images to augmented batches: the transforms, and Albumentations pipelines run on whole batches.
 
-`augment_batch(pipeline, images, rng)` has the distribution of calling the pipeline on each image, but draws the
-randomness of a batch at once and touches only the images on which a transform fires. The transforms of this project run
-as array operations; any other one is called image by image. All randomness comes from the generator passed in, never
-from the pipeline's own state, which repeats itself in loader workers (AlbumentationsX issue 266).
+The transforms of this project run as array operations, on the images on which they fire; any other one is called image
+by image. All randomness comes from the generator passed in, not from the pipeline's own state, which repeats itself in
+loader workers (AlbumentationsX issue 266).
 """
 
 import os
@@ -24,6 +23,7 @@ from image_sets import CIFAR10_MEAN, CIFAR10_STD
 class ShiftScaleRotate(A.ImageOnlyTransform):
     """Shift, scale and rotate about the centre, as `ShiftScaleRotate` of Albumentations 1.3.1 did it.
 
+    Bilinear interpolation; the border is a reflection that does not repeat the edge pixels (BORDER_REFLECT_101).
     `A.Affine`, which took its place, shifts by whole pixels only, and its border is black unless told otherwise.
 
     Args:
@@ -31,15 +31,11 @@ class ShiftScaleRotate(A.ImageOnlyTransform):
         scale_limit: scale is drawn from (1 - scale_limit, 1 + scale_limit).
         rotate_limit: angle in degrees, drawn from (-rotate_limit, rotate_limit).
         p: probability that it fires.
-
-    Bilinear interpolation; the border is a reflection that does not repeat the edge pixels (BORDER_REFLECT_101).
     """
 
     def __init__(self, shift_limit=0.1, scale_limit=0.2, rotate_limit=15, p=0.5):
         super().__init__(p=p)
-        self.shift_limit = shift_limit
-        self.scale_limit = scale_limit
-        self.rotate_limit = rotate_limit
+        self.shift_limit, self.scale_limit, self.rotate_limit = shift_limit, scale_limit, rotate_limit
 
     def get_params_dependent_on_data(self, params, data):
         return {"matrix": self.matrices(self.random_generator, 1, params["shape"])[0]}
@@ -83,11 +79,7 @@ def get_train_transforms(flip=0.1, shift_scale_rotate=0.1, cutout=0.3, crop_padd
             ShiftScaleRotate(shift_limit=0.1, scale_limit=0.2, rotate_limit=15, p=shift_scale_rotate),
             *(crop if crop_padding else []),
             A.CoarseDropout(
-                num_holes_range=(1, 1),
-                hole_height_range=(16, 16),
-                hole_width_range=(16, 16),
-                fill=tuple(round(255 * mean) for mean in CIFAR10_MEAN),
-                p=cutout,
+                (1, 1), (16, 16), (16, 16), fill=tuple(round(255 * mean) for mean in CIFAR10_MEAN), p=cutout
             ),
             A.Normalize(CIFAR10_MEAN, CIFAR10_STD),
             ToTensorV2(),

@@ -1,8 +1,7 @@
 """Fetch the official CIFAR-10 archive and unpack it: `fetch_batches("data")`.
 
 Several sources are tried in turn, because the canonical host is at times throttled to tens of kB/s. All of them serve
-the same bytes, so a partial file moves from one to the next, and the SHA-256 decides whether the result is right.
-Nothing is unpacked before its hash is right, and nothing here opens a pickle.
+the same bytes, so a partial file moves from one to the next. Nothing is unpacked before its SHA-256 is right.
 """
 
 import errno
@@ -68,33 +67,31 @@ def _download(archive):
     for slowest in (MIN_BYTES_PER_SECOND, 0):  # a slow source is better than none
         for source in SOURCES:
             try:
-                _fetch(source, part, slowest)
-                if wrong := mismatch(part):
+                reason = _fetch(source, part, slowest)
+                if not reason and (reason := mismatch(part)):
                     part.unlink()  # an earlier source's bytes may be to blame: the second round starts afresh
-                    raise ValueError(f"the finished file is wrong: {wrong}")
-                os.replace(part, archive)
-                return
             except (OSError, http.client.HTTPException, ValueError) as error:
                 if getattr(error, "errno", None) in DISK_ERRORS:
                     raise
-                reasons[source] = str(error) or type(error).__name__
-                print(f"{source}: {reasons[source]}", flush=True)
+                reason = str(error) or type(error).__name__
+            if not reason:
+                return os.replace(part, archive)
+            reasons[source] = reason
+            print(f"{source}: {reason}", flush=True)
     raise DownloadError(
         "CIFAR-10 could not be downloaded from any source:\n"
         + "".join(f"  {source}: {reason}\n" for source, reason in reasons.items())
-        + "Whatever has arrived is kept, and the next call resumes it. Ways forward without these sources:\n"
-        f"  - copy the archive by hand to {archive.resolve()}\n"
-        f"  - set the environment variable CIFAR10_ROOT to a folder that has {ARCHIVE_NAME}, or the images as\n"
-        "    train/<class>/*.png and test/<class>/*.png\n"
-        "  - use the sample that needs no download: DATASET=digits"
+        + "Whatever has arrived is kept, and the next call resumes it. Without these sources, copy the archive to\n"
+        f"{archive.resolve()}, set CIFAR10_ROOT to a folder of images, as train/<class>/*.png and\n"
+        "test/<class>/*.png, or use the sample that needs no download: DATASET=digits"
     )
 
 
 def _fetch(source, part, slowest):
-    """Complete the file `part` from a source, or raise ValueError where that sends something else or too slowly."""
+    """Complete the file `part` from a source; returns why it could not, or ''."""
     start = part.stat().st_size if part.exists() else 0
     if start >= ARCHIVE_SIZE:
-        return
+        return ""
     request = urllib.request.Request(source, headers={"User-Agent": "cifar-10-download"})  # some refuse urllib's own
     if start:
         request.add_header("Range", f"bytes={start}-")
@@ -104,7 +101,7 @@ def _fetch(source, part, slowest):
             start = 0  # it sends the whole file
         size = int(response.headers.get("Content-Length", ARCHIVE_SIZE - start)) + start
         if size != ARCHIVE_SIZE:  # before the file is touched: an error page must not replace what is there
-            raise ValueError(f"offers {size:,} bytes instead of {ARCHIVE_SIZE:,}")
+            return f"offers {size:,} bytes instead of {ARCHIVE_SIZE:,}"
         bar = progress_bar(
             desc=urllib.parse.urlsplit(source).netloc, total=ARCHIVE_SIZE, initial=start, unit="B", unit_scale=True
         )
@@ -116,9 +113,9 @@ def _fetch(source, part, slowest):
                 bar.update(len(chunk))
                 arrived, seconds = arrived + len(chunk), time.monotonic() - begun
                 if seconds > SLOW_SECONDS and arrived < slowest * seconds:
-                    raise ValueError(f"sends only {arrived / seconds / 1000:.1f} kB/s")
-    if part.stat().st_size < ARCHIVE_SIZE:
-        raise ValueError(f"closed the connection with {ARCHIVE_SIZE - part.stat().st_size:,} bytes missing")
+                    return f"sends only {arrived / seconds / 1000:.1f} kB/s"
+    missing = ARCHIVE_SIZE - part.stat().st_size
+    return f"closed the connection with {missing:,} bytes missing" if missing else ""
 
 
 def mismatch(path):

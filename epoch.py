@@ -67,10 +67,7 @@ class Tally:
 
 
 class Misclassified(NamedTuple):
-    """A sample that the model got wrong: normalised image float32 (3, H, W) and two class indices, 0-d int64 tensors.
-
-    All on the CPU, and each with memory of its own.
-    """
+    """A sample that the model got wrong: image float32 (3, H, W) and two classes, 0-d int64 tensors, on the CPU."""
 
     image: torch.Tensor
     true: torch.Tensor
@@ -78,15 +75,15 @@ class Misclassified(NamedTuple):
 
 
 class MisclassifiedSamples(list):
-    """What `test` returns: a list of `Misclassified`.
+    """What `test` returns: a list of `Misclassified`, with the transforms of the tested images.
 
-    `tested` is how many samples of each class there were, as long as the list has the `found` samples of that test;
-    `transforms` are those of the tested images.
+    `tested` is how many samples of each class there were, as long as the list has the `found` samples of that test.
     """
 
+    tested, found = np.zeros(0, dtype=int), 0
+
     def __init__(self, transforms=None):
-        super().__init__()
-        self.tested, self.found, self.transforms = np.zeros(0, dtype=int), 0, transforms
+        self.transforms = transforms
 
     def read(self, unread):
         """Take over what is wrong in a list of batches (images, labels, predictions), which it empties."""
@@ -100,8 +97,8 @@ class MisclassifiedSamples(list):
         unread.clear()
 
     def _count(self, counts):
-        self.tested = np.pad(self.tested, (0, max(0, len(counts) - len(self.tested))))
-        self.tested[: len(counts)] += counts
+        size = max(len(counts), len(self.tested))
+        self.tested = np.pad(self.tested, (0, size - len(self.tested))) + np.pad(counts, (0, size - len(counts)))
 
     def of_all_processes(self):
         """The samples of all processes, one process after the other, the same list in each."""

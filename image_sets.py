@@ -1,13 +1,8 @@
-"""From files to arrays: CIFAR-10, a folder of images in its layout, or an offline sample, as plain NumPy arrays.
-
-    from image_sets import load_images
-    train = load_images("cifar10", "train", root="data")    # train.images, train.labels, train.classes
-
-Nothing here knows about loaders or augmentation.
-"""
+"""From files to arrays: CIFAR-10, a folder of images in its layout, or an offline sample, as plain NumPy arrays."""
 
 import contextlib
 import hashlib
+import io
 import os
 import unicodedata
 from dataclasses import dataclass
@@ -44,20 +39,15 @@ def load_images(dataset, split, root=None):
 
     "cifar10" is the first of these that exists:
 
-    1. a folder of images, `<root>/train/<class>/*` and `<root>/test/<class>/*`, any classes, of the formats that
-       `torchvision.datasets.ImageFolder` reads; decoded once and cached as `<root>/.train-32px.pt` and
-       `<root>/.test-32px.pt`
+    1. images in `<root>/train/<class>/` and `<root>/test/<class>/`, of any classes and of the formats that
+       `torchvision.datasets.ImageFolder` reads; decoded once and cached as `<root>/.train-32px.pt`
     2. the official batches, `<root>/cifar-10-batches-py`
-    3. the official archive, `<root>/cifar-10-python.tar.gz`, which is unpacked
-    4. the official archive, downloaded
+    3. the official archive, `<root>/cifar-10-python.tar.gz`, downloaded if need be
 
     "digits" is scikit-learn's 1,797 8x8 handwritten digits, enlarged: no download, a sample to try things on.
 
     Args:
-        dataset: "cifar10" or "digits".
-        split: "train" or "test".
-        root: folder of the data; by default the environment variable CIFAR10_ROOT, else ./data, which is made if need
-            be. "digits" needs none.
+        root: folder of the data; by default the environment variable CIFAR10_ROOT, else ./data, made if need be.
 
     Returns:
         ImageSet: images uint8 (N, 32, 32, 3) in RGB, labels int64 (N,), always in the same order.
@@ -70,19 +60,14 @@ def load_images(dataset, split, root=None):
 
     Source: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
     """
-    if dataset not in ("cifar10", "digits"):
-        raise ValueError(f"unknown dataset {dataset!r}: there is 'cifar10' and 'digits'")
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: there is 'train' and 'test'")
+    if dataset not in ("cifar10", "digits") or split not in SPLITS:
+        raise ValueError(f"unknown: {dataset!r}, {split!r}. There is 'cifar10' and 'digits', with 'train' and 'test'")
     named = root or os.environ.get("CIFAR10_ROOT")
     root = Path(named or "data").expanduser()
     if dataset == "digits":
         loaded = _load_digits(split)
     elif named and not root.is_dir():
-        raise ValueError(
-            f"there is no folder {root.absolute()}; give root or CIFAR10_ROOT the folder of the images. To download "
-            "CIFAR-10 into it, make it first, or leave both out: it then goes to ./data"
-        )
+        raise ValueError(f"there is no folder {root.absolute()}; to download CIFAR-10 into it, make it first")
     # One of the two is enough to choose the folder: a lost test folder should be an error, not a surprise download.
     elif any((root / part).is_dir() for part in SPLITS):
         loaded = _load_folder(root, split)
@@ -104,18 +89,12 @@ def split_validation(labels, per_class=500):
 
     Args:
         labels: int64 (N,), as `loader.dataset.labels`.
-        per_class: how many images of each class are held out.
-
-    Raises:
-        ValueError: a class has no more images than that.
+        per_class: how many images of each class are held out; ValueError if a class has no more.
     """
     labels = np.asarray(labels)
     classes, counts = np.unique(labels, return_counts=True)
     if per_class >= counts.min():
-        raise ValueError(
-            f"per_class is {per_class}, but class {classes[counts.argmin()]} has {counts.min()} images and some must "
-            "remain to train on; hold out fewer"
-        )
+        raise ValueError(f"per_class is {per_class}, but class {classes[counts.argmin()]} has {counts.min()} images")
     order = np.random.default_rng(0).permutation(len(labels))
     held_out = np.concatenate([order[labels[order] == label][:per_class] for label in classes])
     return np.setdiff1d(order, held_out).tolist(), np.sort(held_out).tolist()
@@ -170,9 +149,8 @@ def _decode(root, split, paths):
     bad, reason, resized = [], "", 0
     for i, path in enumerate(progress_bar(paths, desc=f"decoding {split}", unit=" images")):
         try:
-            if not os.path.isfile(path):  # to open a pipe would wait for somebody to write to it
-                raise FileNotFoundError("a broken link, or no file")
-            with Image.open(path, formats=FORMATS) as image:
+            # To open a pipe would wait for somebody to write to it.
+            with Image.open(path if os.path.isfile(path) else io.BytesIO(), formats=FORMATS) as image:
                 resized += image.size != (IMAGE_SIZE, IMAGE_SIZE)
                 images[i] = to_rgb(image)
         except Exception as error:  # a damaged file can make Pillow raise nearly anything

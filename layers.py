@@ -108,9 +108,7 @@ def _dropped_positions(n, p):
 
 @functools.lru_cache
 def _geometric_quantiles(p):
-    """Distances from one dropped unit to the next, (65536,), all equally likely; uint16 if they fit, else int64.
-
-    The layers around it push the table out of the cache every time, so its size matters.
+    """Distances from one dropped unit to the next, (65536,), all equally likely; uint16 if they fit, as size matters.
 
     P(distance > k) = (1 - p)^k, inverted in the middle of each 65,536th. Their mean is 1 / p to within 1 in 10,000.
     """

@@ -2,8 +2,6 @@
 
 The rules: fewer than 200,000 parameters; four blocks, of which the first three end in a 3x3 convolution of stride 2;
 no pooling but the global one; a dilated and a depthwise-separable layer; a receptive field over 44.
-
-Read `__init__` of each as the table of its layers.
 """
 
 from collections import OrderedDict

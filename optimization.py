@@ -90,11 +90,8 @@ def orthogonalized(matrices):
 def _muon_kernels(model):
     """Kernels of convolutions without bias, as before a normalisation; not depthwise ones, nor the classifier's."""
     layers = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
-    dense = [
-        layer.weight
-        for layer in layers[:-1]  # how large the scores are is for the last to learn
-        if isinstance(layer, nn.Conv2d) and layer.bias is None and (layer.groups == 1 or layer.weight.shape[1] > 1)
-    ]
+    convolutions = [layer for layer in layers[:-1] if isinstance(layer, nn.Conv2d) and layer.bias is None]
+    dense = [layer.weight for layer in convolutions if layer.groups == 1 or layer.weight.shape[1] > 1]
     # A weight that layers share comes more than once, and that of a parametrized layer is computed.
     return [weight for weight in dict.fromkeys(dense) if isinstance(weight, nn.Parameter) and weight.any()]
 
@@ -109,28 +106,26 @@ def _weights(model):
 
 
 def _named(name, what, choices):
-    """choices[name], whatever name's case, punctuation and final "loss"."""
+    """The choice of that name, whatever its case and punctuation."""
 
     def plain(name):
-        return "".join(filter(str.isalnum, str(name).lower())).removesuffix("loss")
+        return "".join(filter(str.isalnum, str(name).lower()))
 
-    found = {plain(choice): value for choice, value in choices.items()}
+    found = {plain(choice.__name__): choice for choice in choices}
     if plain(name) not in found:
-        raise ValueError(f"unknown {what} {name!r}; there is {', '.join(sorted(choices))}")
+        names = sorted(choice.__name__ for choice in choices)
+        raise ValueError(f"unknown {what} {name!r}; there is {', '.join(names)}")
     return found[plain(name)]
 
 
 def _classes(module, base):
-    """The public classes of a torch module, by name: every optimizer, every scheduler."""
-    classes = {name: kind for name, kind in vars(module).items() if isinstance(kind, type) and issubclass(kind, base)}
-    return {name: kind for name, kind in classes.items() if kind is not base and not name.startswith("_")}
+    """The public classes of a torch module: every optimizer, every scheduler."""
+    classes = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, base)]
+    return [kind for kind in classes if kind is not base and not kind.__name__.startswith("_")]
 
 
-OPTIMIZERS = _classes(optim, optim.Optimizer) | {"MuonSGD": MuonSGD}
-OPTIMIZERS.pop("Muon", None)  # takes nothing but matrices
-OPTIMIZERS.pop("LBFGS")  # steps by a closure, which `train` does not have
-SCHEDULERS = _classes(lr_scheduler, lr_scheduler.LRScheduler)
-LOSSES = {"nll_loss": F.nll_loss, "cross_entropy": F.cross_entropy}
+# Not Muon, which takes nothing but matrices, nor LBFGS, which steps by a closure, which `train` does not have.
+OPTIMIZERS = [kind for kind in _classes(optim, optim.Optimizer) if kind.__name__ not in ("Muon", "LBFGS")] + [MuonSGD]
 
 
 def _also_named(**names):
@@ -162,12 +157,8 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
         options: go to the optimizer.
 
     Raises:
-        ValueError: unknown name, or another value of decay; MuonSGD for a network without such kernels.
+        ValueError: unknown name; MuonSGD for a network without such kernels.
     """
-    if str(name).lower() in ("muon", "lbfgs"):
-        raise ValueError(f"{name} cannot train a network of convolutions batch by batch here; take 'MuonSGD'")
-    if decay not in ("all", "weights"):
-        raise ValueError(f"decay is {decay!r}; weight decay applies to 'all' parameters or to 'weights'")
     kind = _named(name, "optimizer", OPTIMIZERS)
     if "momentum" in inspect.signature(kind).parameters:
         options["momentum"] = momentum
@@ -184,10 +175,10 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
             {"params": rest},
             {"params": kernels, "lr": lr / 15 if kernel_lr is None else kernel_lr, "muon": True},
         ]
-    if decay == "weights":
-        weights, rest = _weights(model), groups.pop(0)["params"]
-        decayed, others = [p for p in rest if p in weights], [p for p in rest if p not in weights]
-        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}, *groups]
+    weights = {"all": set(model.parameters()), "weights": _weights(model)}[decay]
+    rest = groups.pop(0)["params"]
+    decayed, others = [p for p in rest if p in weights], [p for p in rest if p not in weights]
+    groups = [{"params": decayed}, *([{"params": others, "weight_decay": 0.0}] if others else []), *groups]
     return kind(groups, lr=lr, **options)
 
 
@@ -222,7 +213,9 @@ def get_scheduler(optimizer, size_or_name=None, gamma=None, name="StepLR", epoch
         options["step_size"] = size_or_name
     if gamma is not None:
         options["gamma"] = gamma
-    kind = _named("StepLR" if isinstance(name, bool) else name, "scheduler", SCHEDULERS)
+    kind = _named(
+        "StepLR" if isinstance(name, bool) else name, "scheduler", _classes(lr_scheduler, lr_scheduler.LRScheduler)
+    )
     for group in optimizer.param_groups:
         peak = group.get("max_lr", group.get("initial_lr", 0))  # which schedulers leave there
         # Before the first step a warm-up may have set it as low.
@@ -264,4 +257,4 @@ def get_loss(name="nll_loss", **options):
     Raises:
         ValueError: unknown name.
     """
-    return functools.partial(_named(name, "loss", LOSSES), **options)
+    return functools.partial(_named(name, "loss", [F.nll_loss, F.cross_entropy]), **options)

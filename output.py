@@ -15,11 +15,7 @@ from parallel import rank
 
 
 def write_atomically(path, data):
-    """Write bytes to path so that it holds either all of them or what it held before.
-
-    Raises:
-        OSError: they could not be written (full or read-only disk); an earlier file of that name is as it was.
-    """
+    """Write bytes to path so that it holds either all of them or, after an OSError, what it held before."""
     path = pathlib.Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -46,7 +42,7 @@ def _replace(source, target, waits=(0.1, 0.3, 1.0)):
 
 
 def serialized(value):
-    """What `torch.save` writes, in memory, so that a full disk is an ordinary OSError of one write."""
+    """What `torch.save` writes, in memory."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()

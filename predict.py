@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import sys
+from importlib.metadata import version
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -50,14 +51,11 @@ def class_names(label_map):
     Raises:
         ValueError: labels that are not 0, 1, 2, ..., or not one for each name.
     """
-    if isinstance(label_map, (list, tuple)):
-        pairs = dict(enumerate(label_map))
-    elif isinstance(label_map, dict) and set(label_map.values()) == set(range(len(label_map))):
-        pairs = {label: name for name, label in label_map.items()}
-    else:
-        pairs = label_map if isinstance(label_map, dict) else {}
-    names = [str(pairs[label]) for label in range(len(pairs)) if label in pairs]
-    if not isinstance(label_map, (list, tuple, dict)) or len({*names}) < len(label_map):
+    pairs = dict(enumerate(label_map)) if isinstance(label_map, (list, tuple)) else label_map
+    if isinstance(pairs, dict) and set(pairs.values()) == set(range(len(pairs))):
+        pairs = {label: name for name, label in pairs.items()}
+    names = [str(pairs[label]) for label in range(len(pairs)) if label in pairs] if isinstance(pairs, dict) else []
+    if not isinstance(pairs, dict) or len({*names}) < len(pairs):
         raise ValueError(
             f"{label_map!r} does not say the class of each label; it must be a list of names, {{name: label}} or "
             f"{{label: name}}, with each name once and the labels 0, 1, 2, ..."
@@ -120,17 +118,13 @@ def _as_pil(image, name):
                 "floating-point from 0 to 1"
             )
         return Image.fromarray(np.ascontiguousarray(pixels))
-    try:
-        image = pathlib.Path(image)
-        with Image.open(image, formats=FORMATS) as opened:
-            opened.load()
-        return opened
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {image}") from None
-    except TypeError:
-        raise TypeError(f"{name} is a {type(image).__name__}; a picture is a file name, PIL image or array") from None
-    except Exception as error:  # a damaged file can make Pillow raise nearly anything
-        raise ValueError(f"{image} is not a picture that can be read ({error})") from None
+    with open(image, "rb") as file:
+        try:
+            with Image.open(file, formats=FORMATS) as opened:
+                opened.load()
+            return opened
+        except Exception as error:  # a damaged file can make Pillow raise nearly anything
+            raise ValueError(f"{image} is not a picture that can be read ({error})") from None
 
 
 def post_predictions(pictures, predictions, path=None):
@@ -174,15 +168,16 @@ def load_network(weights):
         classes = trained["classes"].split("/")
         model = build_model(trained | {"weights": None}, len(classes))
         model.load_state_dict(state)
-        same_torch = run["versions"]["torch"] == torch.__version__.split("+")[0]
-        # SyncBatchNorm, of a run on several GPUs, computes the same here.
-        if same_torch and printed(model) != run["network"].replace("SyncBatchNorm", "BatchNorm2d"):
-            raise ValueError
+        # SyncBatchNorm, of a run on several GPUs, computes the same here; another torch may print layers otherwise.
+        same = printed(model) == run["network"].replace("SyncBatchNorm", "BatchNorm2d")
+        fits = same or run["versions"]["torch"] != version("torch")
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError):
+        fits = False
+    if not fits:
         raise ValueError(
             f"{path} needs the run.json of its run beside it, and the network as it was then; give the last.pt or "
             "best.pt in runs/<name>/, of a run whose settings are those of recipes.run_settings"
-        ) from None
+        )
     return model.eval(), classes
 
 

@@ -18,10 +18,10 @@ LAYERS = (*CONVOLUTIONS, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Ad
 
 
 class Row(NamedTuple):
-    """A convolution or pooling: its name, what it is, the side of its output in pixels, and what one output sees.
+    """A convolution or pooling: its name, what it is, the side of its output, and in input pixels what one output sees.
 
-    `jump` is the distance in input pixels between neighbouring outputs, and `receptive_field` is how many pixels one
-    sees across. Both are None where there is a single output, or every output sees the whole image.
+    `jump` is the distance between neighbouring outputs, and `receptive_field` is how far one sees across. Both are None
+    where there is a single output, or every output sees the whole image.
     """
 
     name: str
@@ -88,6 +88,10 @@ def receptive_field(model, input_size=32):
         left = torch.arange(width) < width // 2 + torch.arange(edges)[:, None]
         return [nans[:edges] & nans[edges:] for _, nans in layers(width, torch.cat([left, ~left]))]
 
+    def inside(width):
+        """Of each layer, whether no output sees from an edge in the middle to the border."""
+        return [not both[:, [0, -1]].any() for both in both_sides(width, 1)]
+
     sizes = [nans.shape[-1] for _, nans in layers(input_size)]
     width, wider, jumps = 2 * input_size, 64, [None]
     for name, nans in layers(width, torch.ones(1, width, dtype=torch.bool)):
@@ -100,13 +104,13 @@ def receptive_field(model, input_size=32):
             if grown > wider:
                 raise ValueError(f"receptive_field cannot measure {name}, which has more outputs than pixels")
             jumps.append(round(wider / grown) if grown else None)
-    inside, more = [], [not both[:, [0, -1]].any() for both in both_sides(width, 1)]
-    while more != inside and not all(more):  # up to half of the width is seen whole; some layers see all of any width
-        width, inside = 2 * width, more
-        more = [not both[:, [0, -1]].any() for both in both_sides(width, 1)]
+    before, measured = [], inside(width)
+    while measured != before and not all(measured):  # some layers see all of any width
+        width, before = 2 * width, measured
+        measured = inside(width)
     edges = math.lcm(*filter(None, jumps))
     rows = ReceptiveFieldTable()
-    for (name, _), size, jump, whole, both in zip(layers(width), sizes, jumps, more, both_sides(width, edges)):
+    for (name, _), size, jump, whole, both in zip(layers(width), sizes, jumps, measured, both_sides(width, edges)):
         field = 1 + math.ceil(int(both.sum()) * jump / edges) if jump and size > 1 and whole else None
         layer = model.get_submodule(name)
         rows.append(Row(name, _described(layer), size, field and jump, field))
@@ -182,10 +186,9 @@ def post_receptive_field(model, rows, images=None, path=None):
     field = gradient.abs().mean(dim=(0, 1)).numpy()
 
     figure, (growth, effective) = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
-    growth.barh(range(len(rows)), [row.receptive_field for row in rows], color="tab:blue")
+    bars = growth.barh(range(len(rows)), [row.receptive_field for row in rows], color="tab:blue")
+    growth.bar_label(bars, padding=3, fontsize=9)
     growth.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=9)
-    for position, row in enumerate(rows):
-        growth.text(row.receptive_field + 1, position, row.receptive_field, va="center", fontsize=9)
     growth.invert_yaxis()
     growth.set(xlabel="receptive field (pixels)", title="Theoretical receptive field, layer by layer")
 

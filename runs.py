@@ -51,11 +51,8 @@ class Stopped(KeyboardInterrupt):
 class Run:
     """The folder `<root>/<name>/` of one training run, held by one process at a time.
 
-    As a context manager it prints, when the run ends or is interrupted, one line that says how far it is.
-
-    Args:
-        name: name of the run, and of its folder.
-        data: a line that says which images it trains on, for `run.json`.
+    As a context manager it prints, when the run ends or is interrupted, one line that says how far it is. `data` is a
+    line on the images, for `run.json`.
 
     Raises:
         ValueError: name is not a plain folder name.
@@ -93,7 +90,7 @@ class Run:
             ) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
-                raise OSError(error.errno, f"cannot keep a run in {self.folder}: {error.strerror}") from None
+                raise
             print(f"{self}: this drive has no file locks; do not train the same run in two processes")
         for leftover in self.folder.glob(".*.tmp"):
             leftover.unlink()
@@ -147,10 +144,10 @@ class Run:
         Args:
             hyperparameters: what defines the run, {name: number, string, bool or None}. A run resumes only with the
                 same ones; "epochs" may differ, unless the scheduler was made for them.
-            model, optimizer, scheduler: new ones, made as at the run's start; `save` records them.
+            model, optimizer, scheduler: made as at the run's start.
 
         Returns:
-            (train_losses, train_acc, test_losses, test_acc): lists with an entry per epoch done, to append to.
+            (train_losses, train_acc, test_losses, test_acc), lists with an entry per epoch done, to append to.
 
         Raises:
             ValueError: the checkpoint is damaged, or of another network, optimizer or scheduler, or of other
@@ -190,9 +187,7 @@ class Run:
         return tuple([row[column] for row in self.history] for column in COLUMNS)
 
     def save(self, train_losses, train_acc, test_losses, test_acc):
-        """Record the epoch that has just ended, the last entry of each list, and everything needed to resume from it.
-
-        Step a scheduler that counts epochs before you call this.
+        """Record the epoch that has just ended, the last entry of each list; step a scheduler that counts epochs first.
 
         Raises:
             ValueError: the lists are not one epoch longer than at the last save, or end in what is no finite number.

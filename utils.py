@@ -1,8 +1,7 @@
 """What the S9 notebook does around the network: loaders, training and testing, plots - in that order.
 
 A batch goes from file to loss through `image_sets.load_images` (files to one array), `augment.ImageBatches` (array to
-augmented, normalised batch) and `train` (batch to loss). The networks are in `models.py`. `from utils import *` hands
-on what the notebook needs of the other modules too.
+augmented, normalised batch) and `train` (batch to loss).
 """
 
 import contextlib
@@ -31,40 +30,13 @@ from recipes import build_model, build_training, get_recipe, run_settings
 from runs import Run, seed_everything
 
 __all__ = [
-    "CIFAR10_MEAN",
-    "CIFAR10_STD",
-    "GetCorrectPredCount",
-    "Run",
-    "autocast_dtype",
-    "best_device",
-    "build_model",
-    "build_training",
-    "get_CIFARdataset_with_loader",
-    "get_image_from_tensor",
-    "get_loss",
-    "get_optimizer",
-    "get_recipe",
-    "get_scheduler",
-    "get_test_transforms",
-    "get_train_transforms",
-    "load_weights",
-    "optim",
-    "post_accuracyplots",
-    "post_augmentations",
-    "post_confusion_matrix",
-    "post_display",
-    "post_misclassified",
-    "post_predictions",
-    "post_progress",
-    "post_receptive_field",
-    "predict",
-    "run_settings",
-    "seed_everything",
-    "showmisclassifiedsamples",
-    "split_validation",
-    "test",
-    "train",
-]
+    "CIFAR10_MEAN", "CIFAR10_STD", "GetCorrectPredCount", "Run", "autocast_dtype", "best_device", "build_model",
+    "build_training", "get_CIFARdataset_with_loader", "get_image_from_tensor", "get_loss", "get_optimizer",
+    "get_recipe", "get_scheduler", "get_test_transforms", "get_train_transforms", "load_weights", "optim",
+    "post_accuracyplots", "post_augmentations", "post_confusion_matrix", "post_display", "post_misclassified",
+    "post_predictions", "post_progress", "post_receptive_field", "predict", "run_settings", "seed_everything",
+    "showmisclassifiedsamples", "split_validation", "test", "train",
+]  # fmt: skip
 
 # --- Loaders ---------------------------------------------------------------------------------------------------------
 

@@ -173,8 +173,8 @@ def test_a_single_sample_and_a_subset_of_the_data_set():
 @pytest.mark.parametrize(
     "arguments, error, words",
     [
-        ({"datasettype": "valid"}, ValueError, "unknown split 'valid'.*'train' and 'test'"),
-        ({"dataset": "mnist"}, ValueError, "unknown dataset 'mnist'.*'cifar10' and 'digits'"),
+        ({"datasettype": "valid"}, ValueError, "'valid'.*'train' and 'test'"),
+        ({"dataset": "mnist"}, ValueError, "'mnist'.*'cifar10' and 'digits'"),
         ({"kwargs": {"batchsize": 64}}, TypeError, "batchsize"),
         ({"kwargs": {"sampler": [1, 2], "shuffle": True}}, ValueError, "mutually exclusive with shuffle"),
     ],

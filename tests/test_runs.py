@@ -281,7 +281,7 @@ def test_a_folder_in_which_no_run_can_be_kept_is_refused(tmp_path):
         with pytest.raises(ValueError, match="plain folder name"):
             Run(name, root=tmp_path)
     (tmp_path / "small").touch()
-    with pytest.raises(OSError, match=r"cannot keep a run in .*small"):
+    with pytest.raises(OSError, match="small"):
         Run("small", root=tmp_path)
 
 

@@ -1,0 +1,70 @@
+"""Is a trained network a better start for few images of other classes? On classes held out of its training.
+
+    python benchmarks/finetune.py
+
+A network is trained on five classes of CIFAR-10 by `resnet-quick`. Then N images of each of the other five are learned,
+by the recipe `finetune` from this network, and from scratch by `resnet-quick` with batches of 16 and three times the
+epochs of `finetune`. Tested on the 5,000 test images of those classes. Writes benchmarks/results/finetune.json.
+"""
+
+import json
+import pathlib
+import statistics
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import numpy as np
+from speed import processor
+
+import utils
+from output import write_atomically
+
+RESULT = pathlib.Path(__file__).parent / "results" / "finetune.json"
+KNOWN, OTHERS = (0, 1, 2, 4, 6), (3, 5, 7, 8, 9)  # airplane, automobile, bird, deer, frog; cat, dog, horse, ship, truck
+
+
+def of_classes(split, classes, batch_size, per_class=None, seed=0, **options):
+    """A loader of the first, or of some, images of some classes, whose labels are their places in the list."""
+    _, loader = utils.get_CIFARdataset_with_loader(split, {"batch_size": batch_size}, **options)
+    data, order = loader.dataset, np.random.default_rng(seed).permutation(len(loader.dataset))
+    index = np.concatenate([order[data.labels[order] == label][:per_class] for label in classes])
+    data.images, data.labels = data.images[index], np.searchsorted(classes, data.labels[index])
+    return loader
+
+
+def trained(recipe, classes, per_class=None, seed=1, body=None):
+    """(model, accuracy in %) after the recipe's epochs."""
+    utils.seed_everything(seed)
+    transforms, size = utils.get_train_transforms(**recipe["transforms"]), recipe["batch_size"]
+    loader = of_classes("train", classes, size, per_class, seed, transforms=transforms)
+    model, device = utils.build_model(recipe | {"weights": None}, len(classes)), utils.best_device()
+    if body is not None:
+        state = {name: value for name, value in body.state_dict().items() if not name.startswith("classifier")}
+        model.load_state_dict(state, strict=False)
+    optimizer, scheduler, criterion = utils.build_training(recipe, model.to(device), len(loader))
+    for _ in range(recipe["epochs"]):
+        utils.train(model, device, loader, optimizer, criterion, scheduler=scheduler)
+    utils.test(model, device, of_classes("test", classes, 500), criterion, test_acc=(accuracies := []))
+    return model, accuracies[0]
+
+
+def main():
+    body, accuracy = trained(utils.get_recipe("resnet-quick"), KNOWN)
+    finetune = utils.get_recipe("finetune")
+    scratch = utils.get_recipe("resnet-quick") | {"batch_size": 16, "epochs": 3 * finetune["epochs"]}
+    result = {"processor": processor(), "accuracy on the known classes": accuracy, "recipe": finetune}
+    print("\n| images of each class | fine-tuned, % | from scratch, % |\n| --- | --- | --- |")
+    for per_class in (20, 50, 100):
+        row = {"fine-tuned": [], "from scratch": []}
+        for seed in (1, 2, 3):
+            row["fine-tuned"].append(trained(finetune, OTHERS, per_class, seed, body)[1])
+            row["from scratch"].append(trained(scratch, OTHERS, per_class, seed)[1])
+        result[str(per_class)] = row
+        cells = (f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" for values in row.values())
+        print(f"| {per_class} | {' | '.join(cells)} |", flush=True)
+        write_atomically(RESULT, (json.dumps(result, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
