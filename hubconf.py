@@ -1,7 +1,7 @@
 """For torch.hub: the networks with their trained weights, such as torch.hub.load(folder, "resnet_long")."""
 
-from predict import load_network as _load_network
 from pretrained import shipped as _shipped
+from recipes import load_network as _load_network
 
 dependencies = ["torch", "torchvision", "albumentations"]
 

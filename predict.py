@@ -7,11 +7,8 @@ python predict.py cat.jpg truck.png
 
 import argparse
 import glob
-import json
 import os
-import pathlib
 import sys
-from importlib.metadata import version
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -22,10 +19,10 @@ from PIL import Image
 from augment import augment_batch, get_test_transforms
 from epoch import are_probabilities
 from image_sets import CIFAR10_CLASSES, FORMATS, to_rgb
-from output import load_weights, save_figure
+from output import save_figure
 from parallel import unwrap
-from pretrained import provenance, shipped
-from runs import printed
+from pretrained import shipped
+from recipes import load_network
 
 
 class Prediction(NamedTuple):
@@ -146,39 +143,6 @@ def post_predictions(pictures, predictions, path=None):
             below.text(3, position, f"{name} {probability:.1%}".replace("$", r"\$"), va="center", fontsize=11)
         below.set(xlim=(0, 100), yticks=[], xlabel="probability (%)")
     return save_figure(figure, path)
-
-
-def load_network(weights):
-    """(model, classes) of the weights that ship, by name, or of a run, by the path of its last.pt or best.pt.
-
-    Raises:
-        ValueError, OSError: no such weights, a file that is not in the folder of a run, or is damaged.
-    """
-    import models  # here, because whoever imports `predict` brings a model
-    from recipes import build_model
-
-    path = pathlib.Path(weights)
-    if path.suffix != ".pt":
-        trained = provenance(weights)["hyperparameters"]
-        return getattr(models, trained["model"]).from_pretrained(weights), trained["classes"].split("/")
-    state = load_weights(path)
-    try:
-        run = json.loads((path.parent / "run.json").read_text())
-        trained = run["hyperparameters"]
-        classes = trained["classes"].split("/")
-        model = build_model(trained | {"weights": None}, len(classes))
-        model.load_state_dict(state)
-        # SyncBatchNorm, of a run on several GPUs, computes the same here; another torch may print layers otherwise.
-        same = printed(model) == run["network"].replace("SyncBatchNorm", "BatchNorm2d")
-        fits = same or run["versions"]["torch"] != version("torch")
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError):
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"{path} needs the run.json of its run beside it, and the network as it was then; give the last.pt or "
-            "best.pt in runs/<name>/, of a run whose settings are those of recipes.run_settings"
-        )
-    return model.eval(), classes
 
 
 def main():

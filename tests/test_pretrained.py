@@ -15,9 +15,8 @@ import models
 import utils
 from image_sets import CIFAR10_CLASSES, load_images
 from models import Model
-from predict import load_network
 from pretrained import provenance, scores_of, shipped
-from recipes import RECIPES, build_model, flatten_recipe, get_recipe
+from recipes import RECIPES, build_model, flatten_recipe, get_recipe, load_network
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHIPPED = sorted(path.stem for path in (ROOT / "weights").glob("*.json"))
