@@ -96,8 +96,17 @@ def normalisation(transforms):
     """(mean, std) per channel, on the scale 0 to 1, of the normalisation in a pipeline; CIFAR-10's if there is none."""
     for transform in getattr(transforms, "transforms", [transforms]):
         if hasattr(transform, "mean") and hasattr(transform, "std"):
-            return np.array(transform.mean), np.array(transform.std)
+            scale = getattr(transform, "max_pixel_value", 255) / 255
+            return np.array(transform.mean) * scale, np.array(transform.std) * scale
     return np.array(CIFAR10_MEAN), np.array(CIFAR10_STD)
+
+
+def data_of(loader):
+    """The data set of a loader, be it behind a `Subset`; None if there is none."""
+    data = getattr(loader, "dataset", None)
+    while hasattr(data, "dataset"):
+        data = data.dataset
+    return data
 
 
 def augment_batch(pipeline, images, rng):
@@ -254,7 +263,7 @@ class ImageBatches(Dataset):
         return len(self.images)
 
     def __getitem__(self, index):
-        return self.__getitems__([index])[0]
+        return as_batch(self.__getitems__(index)) if isinstance(index, list) else self.__getitems__([index])[0]
 
     def __getitems__(self, indices):
         indices = [int(index) for index in indices]

@@ -16,7 +16,7 @@ from parallel import gather
 
 
 class Tally:
-    """Running loss and accuracy of one epoch. They stay on the device: reading them would block on the GPU."""
+    """Running loss and accuracy of one epoch. They stay on the device: reading each would block on the GPU."""
 
     def __init__(self, what, loader):
         self.what, self.loader, self.start = what, loader, time.monotonic()
@@ -29,8 +29,7 @@ class Tally:
         """Count a batch; returns whether the device was waited for, to show how far it is."""
         self.losses.append(loss.detach())
         self.sizes.append(len(labels))
-        labels = labels.argmax(dim=1) if labels.ndim > 1 else labels  # of CutMix, say
-        self.correct += (predictions == labels).sum()
+        self.correct += (predictions == classes(labels)).sum()
         self.bar.update()
         if time.monotonic() - self.last_shown <= 0.5:
             return False
@@ -66,6 +65,11 @@ class Tally:
             )
 
 
+def classes(labels):
+    """Class indices (N,) of labels that may be probabilities (N, classes), as of CutMix."""
+    return labels.argmax(dim=1) if labels.ndim > 1 else labels
+
+
 class Misclassified(NamedTuple):
     """A sample that the model got wrong: image float32 (3, H, W) and two classes, 0-d int64 tensors, on the CPU."""
 
@@ -77,7 +81,7 @@ class Misclassified(NamedTuple):
 class MisclassifiedSamples(list):
     """What `test` returns: a list of `Misclassified`, with the transforms of the tested images.
 
-    `tested` is how many samples of each class there were, as long as the list has the `found` samples of that test.
+    `tested` is how many samples of each class there were, while the list has `found` samples, as that test left it.
     """
 
     tested, found = np.zeros(0, dtype=int), 0
@@ -85,11 +89,18 @@ class MisclassifiedSamples(list):
     def __init__(self, transforms=None):
         self.transforms = transforms
 
+    def __getitem__(self, index):
+        part = super().__getitem__(index)
+        if isinstance(index, slice):
+            samples, part = part, MisclassifiedSamples(self.transforms)
+            part.extend(samples)
+        return part
+
     def read(self, unread):
         """Take over what is wrong in a list of batches (images, labels, predictions), which it empties."""
         for images, labels, predictions in unread:
-            images, labels, predictions = images.cpu(), labels.cpu(), predictions.cpu()
-            self._count(np.bincount(labels))
+            images, labels, predictions = images.cpu(), classes(labels).cpu(), predictions.cpu()
+            self._count(np.bincount(labels[labels >= 0]))
             for index in torch.nonzero(predictions != labels).flatten().tolist():
                 sample = images[index], labels[index], predictions[index]
                 self.append(Misclassified(*(part.clone() for part in sample)))
@@ -115,10 +126,11 @@ class MisclassifiedSamples(list):
 
 def check_first_batch(model, criterion, scores, labels):
     """The labels are classes of the model, and the scores are what the criterion takes."""
-    if labels.ndim == 1 and labels.max() >= scores.shape[1]:
-        raise ValueError(f"the loader gave a label {int(labels.max())} and the model has {scores.shape[1]} classes")
     partial = isinstance(criterion, functools.partial)
     function, options = (criterion.func, criterion.keywords) if partial else (criterion, {})
+    largest = classes(labels).masked_fill(classes(labels) == getattr(criterion, "ignore_index", -100), 0).max()
+    if largest >= scores.shape[1]:
+        raise ValueError(f"the loader gave a label {int(largest)} and the model has {scores.shape[1]} classes")
     if options.get("reduction", getattr(criterion, "reduction", "mean")) == "sum":
         raise ValueError("the criterion's reduction is 'sum'; it must be the 'mean' over a batch")
     takes_logs = function is F.nll_loss or isinstance(function, nn.NLLLoss)
@@ -140,8 +152,13 @@ def are_probabilities(scores):
     return scores.shape[1] > 1 and bool((scores >= 0).all() & ((scores.sum(dim=1) - 1).abs() < 0.05).all())
 
 
+def as_probabilities(scores):
+    """The softmax of scores or log-probabilities (N, classes); probabilities as they are."""
+    return scores if are_probabilities(scores) else scores.softmax(dim=1)
+
+
 def check_optimizer(model, optimizer, criterion, scheduler, loader):
-    """The optimizer trains this model as it is now, and the scheduler counts the batches of this optimizer."""
+    """The optimizer trains this model as it is now, and the scheduler is its own and counts the loader's batches."""
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     own = {*model.parameters(), *(criterion.parameters() if isinstance(criterion, nn.Module) else ())}
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p not in held]

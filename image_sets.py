@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,9 +121,11 @@ def _load_folder(root, split):
             f"extra {_some(sorted(extra)) or 'none'}; add, rename or delete folders until they agree"
         )
     classes = sorted(set(names[split]))
-    samples = [pair for pair in folders[split].samples if os.path.basename(pair[0])[0] != "."]  # of a Mac, say
+    # Not what is hidden inside of a class, as by a Mac or by Jupyter.
+    hidden = re.compile(rf"^{re.escape(str(root / split))}.[^/\\]+[/\\](.*[/\\])?\.")
+    samples = [pair for pair in folders[split].samples if not hidden.match(pair[0])]
     files = sorted((classes.index(names[split][label]), path) for path, label in samples)
-    others = sum(len(inside) for _, _, inside in os.walk(root / split)) - len(files)
+    others = sum(len(inside) for _, _, inside in os.walk(root / split, followlinks=True)) - len(files)
     if others:
         print(f"{root / split}: passed over {others:,} files of other kinds")
     labels, paths = np.array([label for label, _ in files], dtype=np.int64), [path for _, path in files]
@@ -134,7 +137,7 @@ def _decode(root, split, paths):
     """Images uint8 (N, 32, 32, 3) of the files, from the cache if no file has changed since it was written."""
     fingerprint = hashlib.sha256()
     for path in paths:
-        status = os.lstat(path)
+        status = os.stat(path) if os.path.exists(path) else os.lstat(path)
         fingerprint.update(os.fsencode(f"{path[len(str(root)) :]}\0{status.st_size}\0{status.st_mtime_ns}\n"))
     cache, fingerprint = root / f".{split}-{IMAGE_SIZE}px.pt", fingerprint.hexdigest()
     try:

@@ -86,7 +86,7 @@ class Model(Pretrained):
         return F.log_softmax(x, dim=1, dtype=torch.float32)  # half precision is too coarse for a logarithm
 
 
-def layer(in_channels, out_channels, kernel=3, dilation=1, activation=nn.Hardswish, **conv):
+def conv_norm(in_channels, out_channels, kernel=3, dilation=1, activation=nn.Hardswish, **conv):
     """Conv (no bias) -> BatchNorm -> activation, with as much padding as keeps the size of the image at stride 1.
 
     Hardswish (Howard et al., "Searching for MobileNetV3", 2019) costs a CPU hardly more than ReLU.
@@ -102,7 +102,7 @@ def layer(in_channels, out_channels, kernel=3, dilation=1, activation=nn.Hardswi
 def separable(channels, activation=nn.Hardswish):
     """A depthwise convolution and a pointwise layer, with nothing between them (Chollet, "Xception", 2017)."""
     depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
-    return nn.Sequential(depthwise, layer(channels, channels, kernel=1, activation=activation))
+    return nn.Sequential(depthwise, conv_norm(channels, channels, kernel=1, activation=activation))
 
 
 class Residual(nn.Module):
@@ -142,17 +142,17 @@ class SeparableResNet(Pretrained):
     def __init__(self, dropout_value=0.0, num_classes=10):
         super().__init__()
         self.C1 = nn.Sequential(
-            layer(3, 16),
-            Residual(layer(16, 16, dilation=2), layer(16, 16, activation=nn.Identity)),
-            layer(16, 64, stride=2),
+            conv_norm(3, 16),
+            Residual(conv_norm(16, 16, dilation=2), conv_norm(16, 16, activation=nn.Identity)),
+            conv_norm(16, 64, stride=2),
         )
         self.C2 = nn.Sequential(
-            Residual(layer(64, 64), layer(64, 64, activation=nn.Identity)),
-            layer(64, 128, stride=2, groups=4),
+            Residual(conv_norm(64, 64), conv_norm(64, 64, activation=nn.Identity)),
+            conv_norm(64, 128, stride=2, groups=4),
         )
         self.C3 = nn.Sequential(
             Residual(separable(128), separable(128, activation=nn.Identity)),
-            layer(128, 128, stride=2, groups=4),
+            conv_norm(128, 128, stride=2, groups=4),
         )
         self.C4 = nn.Sequential(
             Residual(separable(128, activation=nn.Identity)),

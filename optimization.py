@@ -102,7 +102,7 @@ WITH_WEIGHTS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.Embedding, n
 def _weights(model):
     """The parameters of layers that are no biases: nothing of a normalisation, nor a module's own scale."""
     layers = [module for module in model.modules() if isinstance(module, WITH_WEIGHTS)]
-    return {p for layer in layers for name, p in layer.named_parameters(recurse=False) if "bias" not in name}
+    return {p for layer in layers for name, p in layer.named_parameters() if "bias" not in name}
 
 
 def _named(name, what, choices):
@@ -149,8 +149,8 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
         name: without regard to case.
         lr, momentum: the same defaults for every optimizer, whatever its own are; momentum goes to those that take one.
         weight_decay: by default the optimizer's own.
-        decay: which parameters the weight decay applies to, "all", or "weights": those of convolutions and linear
-            layers, but neither biases nor scales and shifts.
+        decay: which parameters the weight decay applies to, "all", or "weights": those of layers with weights, such as
+            convolutions, but neither biases nor scales and shifts.
         kernel_lr: of MuonSGD, the learning rate of Muon, by default lr / 15. Muon trains the kernels of convolutions
             without bias, but neither depthwise nor all-zero ones, nor those of the layer that the network registers
             last, its classifier; SGD trains the rest.
@@ -232,8 +232,9 @@ def get_scheduler(optimizer, size_or_name=None, gamma=None, name="StepLR", epoch
         )
     given = {"T_max": epochs, "epochs": epochs, "steps_per_epoch": steps_per_epoch}
     given["max_lr"] = [group["lr"] for group in optimizer.param_groups]
-    if kind is lr_scheduler.PolynomialLR:  # others have total_iters for a part of the run, such as its warm-up
-        given["total_iters"] = epochs
+    if "total_iters" in takes:  # others than PolynomialLR have it for a part of the run, such as its warm-up
+        to_the_end = epochs if kind is lr_scheduler.PolynomialLR else None
+        given["total_iters"] = to_the_end or takes["total_iters"].default
     if kind is lr_scheduler.StepLR:
         given |= {"step_size": 10, "gamma": 0.1}
     given = {key: value for key, value in given.items() if key in takes and value is not None} | options
@@ -242,9 +243,8 @@ def get_scheduler(optimizer, size_or_name=None, gamma=None, name="StepLR", epoch
             # Whole ones, as torch waits for a step that is equal.
             given[key] = np.rint(np.array(given[key]) * steps_per_epoch).astype(int).tolist()
     scheduler = kind(optimizer, **given)
-    # What nobody else can know: `train` refuses a scheduler for epochs, and `Run` goes on only with the same schedule.
+    # What nobody else can know: `train` refuses a scheduler that was made for another number of batches, or for epochs.
     scheduler.steps_per_epoch = steps_per_epoch if "total_steps" not in given else None
-    scheduler.made_with = {key: given[key] for key in given if key in IN_EPOCHS | {"epochs", "steps_per_epoch"}}
     return scheduler
 
 

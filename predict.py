@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from augment import augment_batch, get_test_transforms
-from epoch import are_probabilities
+from epoch import as_probabilities
 from image_sets import CIFAR10_CLASSES, FORMATS, to_rgb
 from output import save_figure
 from parallel import unwrap
@@ -95,10 +95,8 @@ def predict(model, images, classes=CIFAR10_CLASSES, transforms=None):
     scores = torch.cat([model(batch.to(parameter)).float() for batch in images.split(256)])  # memory for 256
     if scores.shape[1] != len(classes):
         raise ValueError(f"the model has {scores.shape[1]} outputs and {len(classes)} class names were given")
-    probabilities = scores if are_probabilities(scores) else scores.softmax(dim=1)
-    return [
-        Prediction(classes[int(np.argmax(row))], max(row), dict(zip(classes, row))) for row in probabilities.tolist()
-    ]
+    rows = as_probabilities(scores).tolist()
+    return [Prediction(classes[int(np.argmax(row))], max(row), dict(zip(classes, row))) for row in rows]
 
 
 def _as_pil(image, name):

@@ -53,7 +53,7 @@ class ReceptiveFieldTable(list):
 def receptive_field(model, input_size=32):
     """Measure what each output of each convolution and pooling sees of the image.
 
-    Whatever a NaN reaches becomes NaN. A strip of noise is NaN on one side of an edge, and then on the other; the
+    Whatever a NaN reaches becomes NaN. A strip is NaN on one side of an edge, and then on the other; the
     outputs that are NaN both times see both sides. On average over the positions of the edge there are
     (receptive field - 1) / jump of them.
 
@@ -79,7 +79,7 @@ def receptive_field(model, input_size=32):
 
     def layers(width, left=None):
         """Of an image of zeros, or of NaN where `left` (N, width) says so."""
-        images = torch.zeros(1, channels, input_size, width)
+        images = torch.zeros(1, channels, input_size, width, dtype=torch.float64)
         images = images if left is None else images.where(~left[:, None, None], math.nan)
         return _nans(model, images, one_size=width == input_size)
 
@@ -94,6 +94,10 @@ def receptive_field(model, input_size=32):
 
     sizes = [nans.shape[-1] for _, nans in layers(input_size)]
     width, wider, jumps = 2 * input_size, 64, [None]
+    if not layers(width):
+        raise ValueError(
+            f"receptive_field needs wider images, and {type(model).__name__} takes {input_size} pixels only"
+        )
     for name, nans in layers(width, torch.ones(1, width, dtype=torch.bool)):
         if not nans[:, nans.shape[1] // 2].all():
             raise ValueError(f"receptive_field cannot see through {name}: of an image of NaN, it makes numbers")
@@ -138,7 +142,7 @@ def _channels(model):
     return first.in_channels
 
 
-def _nans(model, images, one_size=True):
+def _nans(model, images, one_size):
     """[(name, bool (N, columns), where its output has a NaN)] of each layer, up to one that takes no such images."""
     outputs, hooks = [], []
     for name, module in model.named_modules():
@@ -146,7 +150,7 @@ def _nans(model, images, one_size=True):
             keep = lambda _, __, y, name=name: outputs.append((name, y.isnan().flatten(1, -2).any(dim=1)))  # noqa: E731
             hooks.append(module.register_forward_hook(keep))
     with contextlib.nullcontext() if one_size else contextlib.suppress(Exception):
-        model(images.double())
+        model(images)
     for hook in hooks:
         hook.remove()
     return outputs

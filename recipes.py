@@ -55,7 +55,7 @@ RECIPES = {
         "loss": {"name": "nll_loss"},
     },
     "tuned": TUNED,
-    # With shift_scale_rotate it was not tried at this length.
+    # Not tried with shift_scale_rotate at this length.
     "short": TUNED | {"epochs": 16, "transforms": TUNED["transforms"] | {"shift_scale_rotate": 0.0}},
     # The second network; the longer it trains, the more augmentation it takes.
     "resnet": RESNET | {"epochs": 48, "transforms": RESNET["transforms"] | {"shift_scale_rotate": 0.3, "cutout": 0.3}},
@@ -144,7 +144,7 @@ def build_training(recipe, model, steps_per_epoch):
 
 
 def flatten_recipe(recipe):
-    """A recipe as {"optimizer lr": 0.2, ...}, numbers and strings only.
+    """A recipe as {"optimizer lr": 0.2, ...}, in plain values.
 
     Raises:
         ValueError: a setting that no recipe has, such as a misspelt one.

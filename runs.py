@@ -1,11 +1,10 @@
 """Run folders: what a training run leaves on disk, and how it resumes after an interruption.
 
-`runs/<name>/checkpoint.pt` is the one source of truth, replaced atomically at the start and after every epoch;
-`history.csv`, `run.json`, `last.pt` and `best.pt` are written from it. Of the processes of a `torchrun`, the first
+`runs/<name>/checkpoint.pt` is the one source of truth, replaced atomically after every epoch; `history.csv`,
+`run.json`, `last.pt` and `best.pt` are written from it. Of the processes of a `torchrun`, the first
 writes.
 """
 
-import contextlib
 import copy
 import errno
 import io
@@ -17,6 +16,7 @@ import random
 import re
 import sys
 import time
+from collections import Counter
 from datetime import UTC, datetime
 from importlib.metadata import version
 
@@ -60,11 +60,11 @@ class Run:
         OSError: the folder cannot be made.
 
     Example:
-        >>> run = Run("s9")
-        >>> train_losses, train_acc, test_losses, test_acc = run.resume({"lr": 0.2}, model, optimizer, scheduler)
+        >>> run, settings = Run("s9"), {"lr": 0.2, "epochs": 80}
+        >>> train_losses, train_acc, test_losses, test_acc = run.resume(settings, model, optimizer, scheduler)
         >>> with run:
         ...     for epoch in range(len(train_losses), 80):
-        ...         # train, test, scheduler.step()
+        ...         ...  # train and test
         ...         run.save(train_losses, train_acc, test_losses, test_acc)
     """
 
@@ -92,7 +92,7 @@ class Run:
             if error.errno not in NO_LOCKS:
                 raise
             print(f"{self}: this drive has no file locks; do not train the same run in two processes")
-        for leftover in self.folder.glob(".*.tmp"):
+        for leftover in filter(pathlib.Path.is_file, self.folder.glob(".*.tmp")):
             leftover.unlink()
 
     def __str__(self):
@@ -116,20 +116,18 @@ class Run:
             print(f"{self}: {done} of {epochs} epochs, test accuracy {self.history[-1]['test_acc']:.2f} %")
 
     def check(self, hyperparameters, model, optimizer, scheduler=None):
-        """Compare with the checkpoint and change nothing; returns the checkpoint, or None for a new run.
-
-        Arguments and errors are those of `resume`.
-        """
+        """Raise what `resume` would raise of another run, and change nothing; returns the checkpoint to resume from."""
         path = self / "checkpoint.pt"
-        [found, *_] = gather(load_weights(path) if rank() == 0 and path.exists() else None)
-        if found is None:
+        exists, found = gather((path.exists(), load_weights(path) if path.exists() else None) if rank() == 0 else None)[
+            0
+        ]
+        if not exists:
             return None
-        now = _identity(hyperparameters, optimizer, scheduler)
         try:
-            differences = _differences(found, now, unwrap(model))
-            epochs_done = len([row["epoch"] for row in found["history"]])
+            differences = _differences(found, self._identity_of(hyperparameters, model, optimizer, scheduler))
+            epochs_done = len([row["epoch"] for row in found["history"]])  # fails if it is no list of epochs
         except Exception:  # a file may hold anything
-            raise ValueError(NO_CHECKPOINT.format(path)) from None
+            raise ValueError(NO_CHECKPOINT.format(path, "it is no checkpoint of a run")) from None
         if differences and epochs_done:
             more = f", and {len(differences) - 5} more" if len(differences) > 5 else ""
             raise ValueError(
@@ -138,13 +136,29 @@ class Run:
             )
         return None if differences else found
 
+    def _identity_of(self, hyperparameters, model, optimizer, scheduler):
+        """What a run resumes only with: its settings, the kinds of what has a state, the network and the schedule."""
+        again = unwrap(model) is self._model  # which may print what it has learned since
+        fresh = scheduler is not None and getattr(scheduler, "last_epoch", 0) == 0
+        return {
+            "hyperparameters": _plain(dict(hyperparameters)),
+            "kinds": {
+                "optimizer": type(optimizer).__name__,
+                "scheduler": type(scheduler).__name__,
+                "processes": world_size(),
+            },
+            "network": self._identity["network"] if again else printed(unwrap(model)),
+            "schedule": printed(_lengths(scheduler.state_dict())) if fresh else "",
+        }
+
     def resume(self, hyperparameters, model, optimizer, scheduler=None):
         """Bring all three, and the random generators, to where the last complete epoch left them, if there was one.
 
         Args:
             hyperparameters: what defines the run, {name: number, string, bool or None}. A run resumes only with the
                 same ones; "epochs" may differ, unless the scheduler was made for them.
-            model, optimizer, scheduler: made as at the run's start.
+            model, optimizer, scheduler: made as at the run's start. Generators of your own, as of a loader, are yours
+                to restore.
 
         Returns:
             (train_losses, train_acc, test_losses, test_acc), lists with an entry per epoch done, to append to.
@@ -157,24 +171,25 @@ class Run:
         self.history = None  # so that save refuses, should this turn out to be another run
         checkpoint = self.check(hyperparameters, model, optimizer, scheduler)
         half_trained = unwrap(model) is self._model  # stopped in epoch 1
+        self._identity = self._identity_of(hyperparameters, model, optimizer, scheduler)
         self.hyperparameters = dict(hyperparameters)
         self._model, self._optimizer, self._scheduler = unwrap(model), optimizer, scheduler
-        self._identity = _identity(hyperparameters, optimizer, scheduler)
         self._best = None
         if checkpoint and (checkpoint["history"] or half_trained):
             before = self._checkpoint() | {"history": []}
             try:
                 self._restore(checkpoint)
-            except Exception:  # whatever the file holds instead
+            except Exception as error:  # whatever the file holds instead
                 self._restore(before)
                 self.history = None
-                raise ValueError(NO_CHECKPOINT.format(self / "checkpoint.pt")) from None
+                raise ValueError(NO_CHECKPOINT.format(self / "checkpoint.pt", error)) from None
             print(f"{self}: resumed after epoch {len(self.history)} of {hyperparameters.get('epochs', '?')}")
             self._export(checkpoint)
         else:
             data = serialized(self._checkpoint() | {"history": []})
             try:
                 torch.load(io.BytesIO(data), weights_only=True)  # read it back now, and not at the first resume
+                json.dumps(self.hyperparameters)
             except Exception:
                 raise TypeError(
                     f"{self} could not be resumed, as its hyperparameters or the state_dict of its model, optimizer or "
@@ -223,7 +238,8 @@ class Run:
         self._epoch_start = time.monotonic()
 
     def _weights(self):
-        return {name: value.detach().cpu().clone() for name, value in self._model.state_dict().items()}
+        state = self._model.state_dict()  # which may have more than tensors, by get_extra_state
+        return {name: copy.deepcopy(v.detach().cpu() if torch.is_tensor(v) else v) for name, v in state.items()}
 
     def _checkpoint(self):
         """Everything that a run resumes from."""
@@ -231,7 +247,6 @@ class Run:
         packages = ("torch", "torchvision", "albumentations", "numpy")
         return {
             **self._identity,
-            "network": printed(self._model),
             "model": self._weights(),
             "optimizer": _plain(self._optimizer.state_dict()),
             "scheduler": _plain(self._scheduler.state_dict()) if self._scheduler else None,
@@ -255,7 +270,7 @@ class Run:
         if self._scheduler is not None:
             self._scheduler.load_state_dict(checkpoint["scheduler"])
         self.history, self._best = checkpoint["history"], checkpoint["best"]
-        if self.history:
+        if self.history:  # which fails if they are no numbers
             float(sum(row[column] for row in self.history for column in COLUMNS) + self._best["test_acc"])
         _set_random_state(checkpoint["random"][rank()])
 
@@ -292,7 +307,8 @@ class Run:
 
 
 NO_CHECKPOINT = (
-    "{} is not a checkpoint of a run; nothing was changed. Put back a good copy, or delete it to start afresh"
+    "{} does not fit ({}); nothing was changed. Put back a good copy, or model and optimizer as they were; to start "
+    "afresh, delete it or choose another RUN_NAME"
 )
 
 
@@ -301,31 +317,29 @@ def printed(thing):
     return re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(thing))
 
 
-def _identity(hyperparameters, optimizer, scheduler):
-    """What a run resumes only with, beside the network: its settings, and the kinds of what has a state."""
-    kinds = {
-        "optimizer": type(optimizer).__name__,
-        "parameters": " + ".join(str(len(group["params"])) for group in optimizer.param_groups),
-        "scheduler": f"{type(scheduler).__name__} {printed(getattr(scheduler, 'made_with', {}))}",
-        "processes": world_size(),
+def _lengths(state):
+    """What a scheduler that was not stepped yet counts up to: the whole numbers in its state and its parts' states."""
+    own = {key: value for key, value in state.items() if isinstance(value, (int, Counter)) and not key.startswith("_")}
+    return {
+        **own,
+        "milestones of parts": state.get("_milestones"),
+        "parts": [*map(_lengths, state.get("_schedulers", ()))],
     }
-    return {"hyperparameters": _plain(dict(hyperparameters)), "kinds": kinds}
 
 
-def _differences(checkpoint, now, model):
+def _differences(then, now):
     """What is not as in the checkpoint, in a few words each."""
-    then, now = ({**each["hyperparameters"], **each["kinds"], "epochs": None} for each in (checkpoint, now))
-    names = sorted(then.keys() | now.keys())
-    differences = [
-        f"{name} {then.get(name)!r} → {now.get(name)!r}" for name in names if then.get(name) != now.get(name)
+    pairs = [(name, then["hyperparameters"].get(name), value) for name, value in now["hyperparameters"].items()]
+    pairs += [
+        (name, value, None) for name, value in then["hyperparameters"].items() if name not in now["hyperparameters"]
     ]
-    if checkpoint["made_by"]["versions"]["torch"] == version("torch"):  # another one prints layers otherwise
-        trained = copy.deepcopy(model)  # as a layer may print what it has learned
-        with contextlib.suppress(RuntimeError):  # of other shapes, which are printed too
-            trained.load_state_dict(checkpoint["model"])
-        pairs = zip(checkpoint["network"].splitlines(), printed(trained).splitlines())
-        differences += [f"{old.strip()} → {new.strip()}" for old, new in pairs if old != new]
-    return differences
+    pairs += [(f"the {name}", then["kinds"].get(name), value) for name, value in now["kinds"].items()]
+    differences = [f"{name} {old!r} → {new!r}" for name, old, new in pairs if old != new and name != "epochs"]
+    if then["made_by"]["versions"]["torch"] == version("torch"):  # another one prints and counts otherwise
+        for what in ("network", "schedule"):
+            lines = zip(then[what].splitlines(), now[what].splitlines())
+            differences += [f"{old.strip()} → {new.strip()}" for old, new in lines if old != new]
+    return sorted(differences)
 
 
 def _plain(value):

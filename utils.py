@@ -16,9 +16,9 @@ from torch import optim
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from augment import ImageBatches, as_batch, get_test_transforms, get_train_transforms, normalisation
+from augment import ImageBatches, as_batch, data_of, get_test_transforms, get_train_transforms, normalisation
 from devices import autocast_dtype, best_device, keep_freed_memory, memory_format
-from epoch import MisclassifiedSamples, Tally, check_first_batch, check_optimizer
+from epoch import MisclassifiedSamples, Tally, as_probabilities, check_first_batch, check_optimizer
 from image_sets import CIFAR10_MEAN, CIFAR10_STD, load_images, split_validation
 from layers import faster_layers
 from optimization import get_loss, get_optimizer, get_scheduler
@@ -110,10 +110,7 @@ def GetCorrectPredCount(pPrediction, pLabels):
 
 @contextlib.contextmanager
 def _made_fast(model, device):
-    """Let device and layers compute in their fastest way; gives the function from (images, labels) to float32 scores.
-
-    And to the labels on the device.
-    """
+    """Let device and layers compute in their fastest way; gives (images, labels) -> (float32 scores, labels there)."""
     if device.type == "cpu":
         keep_freed_memory()
     cudnn, dtype, layout = torch.backends.cudnn, autocast_dtype(device), memory_format(unwrap(model), device)
@@ -197,8 +194,8 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None,
     begin_epoch(model, test_loader)
     if world_size() > 1:
         model = unwrap(model)  # each process by itself, as their numbers of batches may differ
-    transforms = getattr(getattr(test_loader, "dataset", None), "transforms", None)
-    misclassified, unread, tally = MisclassifiedSamples(transforms), [], Tally("test", test_loader)
+    misclassified = MisclassifiedSamples(getattr(data_of(test_loader), "transforms", None))
+    unread, tally = [], Tally("test", test_loader)
     model.eval()
     with _made_fast(model, device) as forward, tally.bar:
         for images, labels in test_loader:
@@ -259,7 +256,7 @@ def _image_grid(images, titles, heading, rows, columns):
 
 def post_display(train_loader, label_map=None, path=None):
     """16 training samples, as the network sees them, with their labels; the classes are by default the data set's."""
-    data, (images, labels) = train_loader.dataset, next(iter(train_loader))
+    data, (images, labels) = data_of(train_loader), next(iter(train_loader))
     classes = _names(data.classes if label_map is None else label_map, labels[:16])
     pictures = [get_image_from_tensor(image, getattr(data, "transforms", None)) for image in images[:16]]
     heading = f"Training samples, augmented: {getattr(data, 'name', '')}"
@@ -308,7 +305,7 @@ def post_accuracyplots(train_losses, test_losses, train_acc, test_acc, title="",
 def post_progress(run):
     """The epochs of a run so far: in a notebook a table and curves, which grow in place, else a line per epoch.
 
-    At the end of the run, in a notebook all along, the curves are in its folder, as curves.png.
+    The curves are in the run's folder as curves.png, in a notebook after every epoch, else at the end.
     """
     if rank() or not run.history:
         return
@@ -353,7 +350,7 @@ def _confidences(model, samples):
     for start in range(0, len(samples), 256):
         images, _, predicted = zip(*samples[start : start + 256])
         scores = model(torch.stack(images).to(parameter)).float()
-        confidences += [row[int(label)] for row, label in zip(scores.softmax(dim=1).tolist(), predicted)]
+        confidences += [row[int(label)] for row, label in zip(as_probabilities(scores).tolist(), predicted)]
     return confidences
 
 

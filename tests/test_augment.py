@@ -63,6 +63,14 @@ def test_how_often_each_fires(case, path):
     assert stats.binomtest(int(fired.sum()), len(images), p).pvalue > 1e-4
 
 
+def test_images_are_normalised_by_the_statistics_of_cifar10():
+    """As published: of the training images, per channel, red first."""
+    grey = utils.get_test_transforms()(image=np.full((1, 1, 3), 51, np.uint8))["image"].flatten()
+    np.testing.assert_allclose(
+        grey, [(0.2 - 0.4914) / 0.2471, (0.2 - 0.4822) / 0.2435, (0.2 - 0.4465) / 0.2616], rtol=1e-5
+    )
+
+
 def test_they_fire_independently_of_each_other():
     images = random_images(N)
     fired = changed(images, by_batch(A.Compose(WITHOUT_CROP[:3]), images))

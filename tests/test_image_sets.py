@@ -172,10 +172,11 @@ def test_other_modes_and_sizes_are_converted_and_counted(folder, capsys):
 
 
 def test_what_is_no_image_is_passed_over_and_counted(folder, capsys):
-    for name in ("README.md", "ant/Thumbs.db", "bee/labels.txt", "ant/._0.png"):
+    (folder / "train/ant/.ipynb_checkpoints").mkdir()
+    for name in ("README.md", "ant/Thumbs.db", "bee/labels.txt", "ant/._0.png", "ant/.ipynb_checkpoints/0.png"):
         (folder / "train" / name).write_bytes(b"x")
     check(load(folder), folder)
-    assert capsys.readouterr().out.splitlines()[:-1] == [f"{folder / 'train'}: passed over 4 files of other kinds"]
+    assert capsys.readouterr().out.splitlines()[:-1] == [f"{folder / 'train'}: passed over 5 files of other kinds"]
 
 
 def test_class_is_one_in_both_spellings_of_unicode(tmp_path):
@@ -231,6 +232,12 @@ def test_each_change_of_the_folder_is_seen(folder):
     path.unlink()
     check(load(folder), folder)
     times.add(cached(folder))
+    if hasattr(os, "symlink"):
+        save(folder / "elsewhere.png", picture(1))
+        os.symlink(folder / "elsewhere.png", path)
+        check(load(folder), folder)
+        save(folder / "elsewhere.png", picture(9))
+        check(load(folder), folder)
     assert len(times) == 4
 
 

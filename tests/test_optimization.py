@@ -229,7 +229,7 @@ def test_a_refusal_says_what_there_is_instead(call, words):
         ("StepLR", {"step_size": 1.4}, {"step_size": 4}),  # at the nearest batch
         ("CosineAnnealingLR", {"epochs": 4}, {"T_max": 12}),
         ("CosineAnnealingWarmRestarts", {"T_0": 2}, {"T_0": 6}),
-        ("LinearLR", {"total_iters": 5}, {"total_iters": 15}),
+        ("LinearLR", {}, {"total_iters": 15}),  # torch's default of 5, taken for epochs
         ("PolynomialLR", {"epochs": 4, "power": 2}, {"total_iters": 12, "power": 2}),
         ("MultiStepLR", {"epochs": 4, "milestones": [1, 3]}, {"milestones": [3, 9]}),
         (

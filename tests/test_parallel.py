@@ -27,15 +27,16 @@ def drive(folder, epochs, batch_size, wrapper=lambda model: model):
     model = wrapper(nn.Sequential(*layers))
     optimizer, criterion = utils.get_optimizer(model, lr=0.05, momentum=0.9), utils.get_loss()
     scheduler = utils.get_scheduler(optimizer, step_size=1, gamma=0.5, steps_per_epoch=len(train_loader))
-    lists = run.resume({"seed": 4}, model, optimizer, scheduler)
+    lists, orders = run.resume({"seed": 4}, model, optimizer, scheduler), []
     with run:
         for _ in range(len(lists[0]), epochs):
             utils.train(model, device, train_loader, optimizer, criterion, *lists[:2], scheduler, verbose=False)
             mistakes = utils.test(model, device, test_loader, criterion, *lists[2:], verbose=False)
             run.save(*lists)
             utils.post_progress(run)
+            orders.append(list(train_loader.sampler))
     utils.post_display(test_loader, path=folder / "samples.png")
-    return mistakes
+    return mistakes, orders
 
 
 def as_torchrun_starts_it(rank, port, folder, epochs, *arguments):
@@ -43,9 +44,10 @@ def as_torchrun_starts_it(rank, port, folder, epochs, *arguments):
     address = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "1"}
     os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     with open(folder / f"lines of {rank}", "a") as file, contextlib.redirect_stdout(file):
-        mistakes = drive(folder, epochs, *arguments)
+        mistakes, orders = drive(folder, epochs, *arguments)
         print(len(mistakes), "mistakes")
     torch.save([*map(tuple, mistakes)], folder / f"mistakes of {rank}")
+    torch.save(orders, folder / f"orders of {rank}")
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,11 @@ def test_each_test_image_counts_once_and_all_mistakes_are_found(whole):
     assert 360 * (1 - accuracy / 100) == pytest.approx(len(first)) and accuracy > 85
 
 
+def test_each_epoch_has_another_order_that_the_processes_share_out(whole):
+    (first, second), (others, _) = (torch.load(whole / f"orders of {rank}") for rank in range(2))
+    assert set(first) | set(others) == set(range(1437)) and len(set(first) & set(others)) <= 1 and first != second
+
+
 def test_it_resumes_bit_for_bit(two, whole):
     parts = two(1, 8)
     two(2, 8, folder=parts)
@@ -108,5 +115,5 @@ def test_a_step_is_that_of_one_process(two, wrapper, tmp_path):
 
 
 def test_another_number_of_processes_is_refused(whole):
-    with pytest.raises(ValueError, match="processes 2 → 1"):
+    with pytest.raises(ValueError, match="the processes 2 → 1"):
         drive(whole, 3, 16)

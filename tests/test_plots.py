@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix, recall_score
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, RandomSampler, Subset, TensorDataset, WeightedRandomSampler
 
 import utils
 from models import receptive_field
@@ -138,7 +138,9 @@ def test_pictures_of_another_normalisation(world):
     assert close(shown(utils.post_augmentations(test_loader, 5))[3][0], images[5])
     wrong = utils.test(world.model, "cpu", test_loader, nn.CrossEntropyLoss(), verbose=False)
     index = next(i for i, (image, _) in enumerate(test_loader.dataset) if torch.equal(image, wrong[0].image))
-    assert close(shown(utils.showmisclassifiedsamples(wrong, NAMES))[0][0], images[index])
+    assert close(shown(utils.showmisclassifiedsamples(wrong[:1], NAMES))[0][0], images[index])
+    part = DataLoader(Subset(test_loader.dataset, [9, 8]), batch_size=2)
+    assert close(shown(utils.post_display(part))[0][0], images[9])
 
 
 def test_augmentations_are_an_image_and_15_draws_of_it(world):

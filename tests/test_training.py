@@ -144,6 +144,7 @@ def test_batches_of_cutmix_and_mixup(batches):
     model = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(192, 10))
     for _ in range(12):
         train(model, loader, utils.get_loss("cross_entropy"), train_acc=accuracies)
+    evaluate(model, loader, utils.get_loss("cross_entropy"))
     assert accuracies[-1] > 30 and max(accuracies) <= 100
 
 
@@ -294,8 +295,11 @@ def test_a_loss_may_take_its_mean_itself_or_leave_labels_out(batches):
             return super().forward(scores, labels).topk(2).values.mean()
 
     train(linear(), batches, Hardest(reduction="none"))
-    ignored = [(images, labels.where(labels > 0, -100)) for images, labels in batches]
-    train(linear(), ignored, nn.CrossEntropyLoss())
+    for ignored in (-100, 255):
+        criterion = nn.CrossEntropyLoss(ignore_index=ignored)
+        some = [(images, labels.where(labels > 0, ignored)) for images, labels in batches]
+        train(linear(), some, criterion)
+        evaluate(linear(), some, criterion)
 
 
 @BOTH
