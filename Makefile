@@ -30,8 +30,8 @@ test: .venv/installed-dev  ## the tests: a minute or two
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, and $(PYTHON) \
 	is older; name another one, such as: make PYTHON=python3.12 $(MAKECMDGOALS)")'
-	$(if $(HAS_CUDA),,@echo 'Installing into .venv: 6 GB, most of it CUDA, which this machine has no driver for. Without it 1.5 GB:'; \
-	echo 'stop this (Ctrl-C), run the first two lines of "Linux without a GPU" in README.md, then make again.')
+	$(if $(HAS_CUDA),,@echo 'Installing 6 GB into .venv, most of it CUDA, which this machine has no driver for. For less: stop this (Ctrl-C), run'; \
+	echo 'the first two commands in the row "Linux without an NVIDIA GPU" of README.md, then make again.')
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 	touch $@

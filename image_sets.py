@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import io
 import os
-import re
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,9 +120,7 @@ def _load_folder(root, split):
             f"extra {_some(sorted(extra)) or 'none'}; add, rename or delete folders until they agree"
         )
     classes = sorted(set(names[split]))
-    # Not what is hidden inside of a class, as by a Mac or by Jupyter.
-    hidden = re.compile(rf"^{re.escape(str(root / split))}.[^/\\]+[/\\](.*[/\\])?\.")
-    samples = [pair for pair in folders[split].samples if not hidden.match(pair[0])]
+    samples = [(path, label) for path, label in folders[split].samples if not _hidden(path, root / split)]
     files = sorted((classes.index(names[split][label]), path) for path, label in samples)
     others = sum(len(inside) for _, _, inside in os.walk(root / split, followlinks=True)) - len(files)
     if others:
@@ -131,6 +128,12 @@ def _load_folder(root, split):
     labels, paths = np.array([label for label, _ in files], dtype=np.int64), [path for _, path in files]
     images = _decode(root, split, paths)
     return ImageSet(images, labels, tuple(classes), root.resolve().name, f"image folder {root / split}")
+
+
+def _hidden(path, folder):
+    """Whether a name inside of the class folder begins with a dot, as a Mac and Jupyter make them."""
+    inside = path[len(str(folder)) + 1 :].partition(os.sep)[2]
+    return f"{os.sep}." in os.sep + inside
 
 
 def _decode(root, split, paths):

@@ -118,11 +118,10 @@ class Run:
     def check(self, hyperparameters, model, optimizer, scheduler=None):
         """Raise what `resume` would raise of another run, and change nothing; returns the checkpoint to resume from."""
         path = self / "checkpoint.pt"
-        exists, found = gather((path.exists(), load_weights(path) if path.exists() else None) if rank() == 0 else None)[
-            0
-        ]
-        if not exists:
+        found = [load_weights(path)] if rank() == 0 and path.exists() else []
+        if not (found := gather(found)[0]):
             return None
+        [found] = found
         try:
             differences = _differences(found, self._identity_of(hyperparameters, model, optimizer, scheduler))
             epochs_done = len([row["epoch"] for row in found["history"]])  # fails if it is no list of epochs
