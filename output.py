@@ -94,4 +94,4 @@ def in_notebook():
 
 def scrolled(text):
     """HTML of a table of text, which a narrow notebook scrolls instead of wrapping its lines."""
-    return f'<pre style="white-space: pre; overflow-x: auto">{text}</pre>'
+    return f'<pre style="white-space: pre; overflow-x: auto; font-family: monospace">{text}</pre>'

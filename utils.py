@@ -34,8 +34,8 @@ __all__ = [
     "build_training", "get_CIFARdataset_with_loader", "get_image_from_tensor", "get_loss", "get_optimizer",
     "get_recipe", "get_scheduler", "get_test_transforms", "get_train_transforms", "load_weights", "optim",
     "post_accuracyplots", "post_augmentations", "post_confusion_matrix", "post_display", "post_misclassified",
-    "post_predictions", "post_progress", "post_receptive_field", "predict", "run_settings", "seed_everything",
-    "showmisclassifiedsamples", "split_validation", "test", "train",
+    "post_predictions", "post_progress", "post_receptive_field", "predict", "run_settings", "scrolled",
+    "seed_everything", "showmisclassifiedsamples", "split_validation", "test", "train",
 ]  # fmt: skip
 
 # --- Loaders ---------------------------------------------------------------------------------------------------------
