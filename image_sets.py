@@ -66,18 +66,17 @@ def load_images(dataset, split, root=None):
     root = Path(named or "data").expanduser()
     if dataset == "digits":
         loaded = _load_digits(split)
-    elif named and not root.is_dir():
-        raise ValueError(f"there is no folder {root.absolute()}; to download CIFAR-10 into it, make it first")
     # One of the two is enough to choose the folder: a lost test folder should be an error, not a surprise download.
     elif any((root / part).is_dir() for part in SPLITS):
         loaded = _load_folder(root, split)
     else:
-        found = [path.name for path in root.glob("[!.]*")]
-        if named and found and not any(name.startswith("cifar-10") for name in found):
+        found = sorted(path.name for path in root.glob("[!.]*"))
+        known = any(name.startswith("cifar-10") for name in found)
+        if named and not (known or (root.is_dir() and not found)):
             raise ValueError(
-                f"{root} holds {_some(sorted(found))}, and none of what is read: train/<class>/ and test/<class>/ with "
-                f"images, {download.FOLDER_NAME}/ or {download.ARCHIVE_NAME}. Name the folder that has one of these, "
-                "or an empty one to download CIFAR-10 into"
+                f"{root.absolute()} {f'holds {_some(found)}' if found else 'is no folder'}; name one that has "
+                f"train/<class>/ and test/<class>/ with images, {download.FOLDER_NAME}/ or {download.ARCHIVE_NAME}, or "
+                "an empty one to download CIFAR-10 into"
             )
         loaded = _load_official(root, split)
     print(f"{split}: {len(loaded.labels):,} images in {len(loaded.classes)} classes from {loaded.source}")

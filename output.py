@@ -25,7 +25,8 @@ def write_atomically(path, data):
             os.fsync(file.fileno())
         _replace(partial, path)
     except OSError as error:
-        raise OSError(error.errno, f"could not write {path}: {error.strerror}") from None
+        error.filename = str(path)  # which the message then names
+        raise
     finally:
         with contextlib.suppress(OSError):  # a read-only disk refuses this too, and has had its error
             partial.unlink(missing_ok=True)

@@ -107,11 +107,6 @@ def _as_pil(image, name):
         pixels = image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
         if np.issubdtype(pixels.dtype, np.floating) and pixels.min() >= 0 and pixels.max() <= 1:  # false for NaN too
             pixels = (pixels * 255).round().astype(np.uint8)
-        if pixels.dtype != np.uint8:
-            raise ValueError(
-                f"{name} is {image.dtype} from {image.min()} to {image.max()}; an array is uint8 from 0 to 255 or "
-                "floating-point from 0 to 1"
-            )
         return Image.fromarray(np.ascontiguousarray(pixels))
     with open(image, "rb") as file:
         try:

@@ -19,7 +19,7 @@ def test_a_file_is_replaced_as_a_whole_or_kept(tmp_path):
         assert path.read_bytes() == data
     with pytest.raises(TypeError):
         output.write_atomically(path, "text, which fails when the file is already open")
-    with pytest.raises(FileNotFoundError, match=r"could not write .*absent.file: No such file"):
+    with pytest.raises(FileNotFoundError, match=r"No such file .*absent.file"):
         output.write_atomically(tmp_path / "absent" / "file", b"")
     assert path.read_bytes() == b"second" and list(tmp_path.iterdir()) == [path]
 
@@ -29,7 +29,7 @@ def test_a_figure_is_saved_in_the_format_of_its_suffix(name, start, tmp_path):
     figure = Figure((1, 1))
     assert output.save_figure(figure, str(tmp_path / name)) is figure
     assert (tmp_path / name).read_bytes().startswith(start)
-    with pytest.raises(OSError, match="could not write"):
+    with pytest.raises(OSError, match="No such file"):
         output.save_figure(figure, tmp_path / "absent" / name)
 
 
