@@ -2,13 +2,12 @@
 
 import ctypes
 import functools
-import os
 import pathlib
 
 import torch
 from torch import nn
 
-from parallel import join_processes
+from parallel import join_processes, world_size
 
 
 def best_device():
@@ -16,11 +15,11 @@ def best_device():
 
     In a process that `torchrun` has started it joins the others, and takes the GPU of its number.
     """
-    cuda = torch.cuda.is_available()
-    join_processes("nccl" if cuda else "gloo")
-    if cuda:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    join_processes()
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    # Apple's GPU is a single one, which processes cannot share.
+    return torch.device("mps" if torch.backends.mps.is_available() and world_size() == 1 else "cpu")
 
 
 def autocast_dtype(device):

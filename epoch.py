@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from output import progress_bar
-from parallel import gather
+from parallel import gather, world_size
 
 
 class Tally:
@@ -113,12 +113,14 @@ class MisclassifiedSamples(list):
 
     def of_all_processes(self):
         """The samples of all processes, one process after the other, the same list in each."""
-        first, *others = gather(self)
-        for other in others:
-            first.extend(other)
-            first._count(other.tested)
-        first.found = len(first)
-        return first
+        if world_size() == 1:
+            return self
+        everything = MisclassifiedSamples(self.transforms)
+        for parts, tested in gather(([torch.stack(part) for part in zip(*self)], self.tested)):
+            everything.extend(Misclassified(*sample) for sample in zip(*parts))
+            everything._count(tested)
+        everything.found = len(everything)
+        return everything
 
 
 # ---- what would be silently wrong, refused before the first step ---------------------------------------------------

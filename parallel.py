@@ -19,16 +19,21 @@ def unwrap(model):
             return model
 
 
-def join_processes(backend):
+def join_processes():
     """Join the other processes, if `torchrun` has started this one; all but the first are silent from now on."""
-    if not distributed.is_torchelastic_launched() or distributed.is_initialized():
+    if not distributed.is_available() or not distributed.is_torchelastic_launched() or distributed.is_initialized():
         return
-    if backend == "nccl":
+    if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group(backend)
-    atexit.register(lambda: distributed.is_initialized() and distributed.destroy_process_group())
+    distributed.init_process_group("nccl" if torch.cuda.is_available() and distributed.is_nccl_available() else "gloo")
+    atexit.register(_leave_processes)
     if rank():
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def _leave_processes():
+    if distributed.is_initialized() and not hasattr(sys, "last_value"):  # after an error it would wait for the others
+        distributed.destroy_process_group()
 
 
 def _several():

@@ -131,7 +131,7 @@ def _described(layer):
     special = {"strided": layer.stride[0] > 1, "dilated": layer.dilation[0] > 1, depthwise: layer.groups > 1}
     kernel = "x".join(map(str, layer.kernel_size))
     return ", ".join(
-        [f"{layer.in_channels} → {layer.out_channels}, {kernel}", *(word for word in special if special[word])]
+        [f"{layer.in_channels} -> {layer.out_channels}, {kernel}", *(word for word in special if special[word])]
     )
 
 

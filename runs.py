@@ -351,17 +351,22 @@ def _plain(value):
 
 
 def _random_state():
-    """States of the generators of Python, NumPy, torch and CUDA, in types that `weights_only` loads."""
+    """States of the generators of Python, NumPy, torch and the GPUs, in types that `weights_only` loads."""
     name, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all()
     return {
-        "torch": torch.get_rng_state(), "cuda": cuda, "numpy": (name, keys.tolist(), *rest), "python": random.getstate()
-    }  # fmt: skip
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
+        "numpy": (name, keys.tolist(), *rest),
+        "python": random.getstate(),
+    }
 
 
 def _set_random_state(state):
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+    if state["mps"] is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])

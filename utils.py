@@ -123,7 +123,8 @@ def _made_fast(model, device):
     def forward(images, labels):
         images, labels = (part.to(device, non_blocking=non_blocking) for part in (images, labels))
         images = images.to(memory_format=layout) if images.ndim == 4 else images
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        half = dtype if dtype != torch.float32 else None
+        with torch.autocast(device.type, dtype=half, enabled=half is not None):
             scores = model(images)
         return scores.float(), labels
 
@@ -204,8 +205,9 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None,
                 check_first_batch(model, criterion, scores, labels)
             predictions = scores.argmax(dim=1)
             unread.append((images, labels, predictions))
-            # On a CPU at once, as a loader may fill the memory of its batch again.
-            if tally.add(criterion(scores, labels), predictions, labels) or device.type == "cpu":
+            waited = tally.add(criterion(scores, labels), predictions, labels)
+            # On a CPU at once, as a loader may fill the memory of its batch again; on a GPU before they are too many.
+            if waited or device.type == "cpu" or len(unread) == 16:
                 misclassified.read(unread)
     tally.read(test_losses, test_acc, verbose)
     misclassified.read(unread)

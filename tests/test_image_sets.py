@@ -4,8 +4,10 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import shutil
 import struct
+import sys
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -212,11 +214,12 @@ def test_images_that_cannot_be_read_are_named_in_one_error(folder):
     for name in spoilt[:3]:
         Path(name).write_bytes(Path(name).read_bytes()[: os.path.getsize(name) // 2])
     Path(spoilt[3]).write_bytes(b"<html>not found")
-    Path(spoilt[4]).unlink()
     if hasattr(os, "mkfifo"):
+        Path(spoilt[4]).unlink()
         os.mkfifo(spoilt[4])  # to open it would wait for ever
         os.symlink("nowhere", folder / "train/bee/9.png")
-    with pytest.raises(ValueError, match=rf"cannot read {', '.join(spoilt)}.*replace or delete"):
+    named = re.escape(", ".join(spoilt[: 5 if hasattr(os, "mkfifo") else 4]))
+    with pytest.raises(ValueError, match=rf"cannot read {named}.*replace or delete"):
         load(folder)
     assert not list(folder.glob(".*"))  # nothing half-read is cached
 
@@ -232,7 +235,7 @@ def test_each_change_of_the_folder_is_seen(folder):
     path.unlink()
     check(load(folder), folder)
     times.add(cached(folder))
-    if hasattr(os, "symlink"):
+    if sys.platform != "win32":  # where it takes a privilege
         save(folder / "elsewhere.png", picture(1))
         os.symlink(folder / "elsewhere.png", path)
         check(load(folder), folder)

@@ -24,7 +24,7 @@ def drive(folder, epochs, batch_size, wrapper=lambda model: model):
     utils.seed_everything(4)
     # Without batch normalisation, whose statistics would be those of half a batch.
     layers = nn.Conv2d(3, 8, 5, stride=4), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 49, 10), nn.LogSoftmax(1)
-    model = wrapper(nn.Sequential(*layers))
+    model = wrapper(nn.Sequential(*layers).to(device))
     optimizer, criterion = utils.get_optimizer(model, lr=0.05, momentum=0.9), utils.get_loss()
     scheduler = utils.get_scheduler(optimizer, step_size=1, gamma=0.5, steps_per_epoch=len(train_loader))
     lists, orders = run.resume({"seed": 4}, model, optimizer, scheduler), []
@@ -41,6 +41,7 @@ def drive(folder, epochs, batch_size, wrapper=lambda model: model):
 
 def as_torchrun_starts_it(rank, port, folder, epochs, *arguments):
     torch.set_num_threads(1)
+    torch.cuda.is_available = torch.backends.mps.is_available = lambda: False  # two processes need two GPUs, or none
     address = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "1"}
     os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     with open(folder / f"lines of {rank}", "a") as file, contextlib.redirect_stdout(file):

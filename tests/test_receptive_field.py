@@ -172,9 +172,9 @@ def test_prints_as_a_table():
     lines = str(receptive_field(nn.Sequential(model, nn.AdaptiveAvgPool2d(1)))).splitlines()
     assert [line.split() for line in lines] == [
         "name layer size jump field".split(),
-        "0.0 3 → 3, 3x3, dilated 28 1 5".split(),
+        "0.0 3 -> 3, 3x3, dilated 28 1 5".split(),
         "0.2 MaxPool2d 14 2 6".split(),
-        "0.3 3 → 3, 3x3, depthwise 14 2 10".split(),
+        "0.3 3 -> 3, 3x3, depthwise 14 2 10".split(),
         "1 AdaptiveAvgPool2d 1 all all".split(),
     ]
     assert len({len(line) for line in lines}) == 1
