@@ -116,7 +116,11 @@ class Run:
             print(f"{self}: {done} of {epochs} epochs, test accuracy {self.history[-1]['test_acc']:.2f} %")
 
     def check(self, hyperparameters, model, optimizer, scheduler=None):
-        """Raise what `resume` would raise of another run, and change nothing; returns the checkpoint to resume from."""
+        """Raise what `resume` would raise of another run, and change nothing."""
+        self._find(hyperparameters, model, optimizer, scheduler)
+
+    def _find(self, hyperparameters, model, optimizer, scheduler):
+        """The checkpoint to resume from, or None."""
         path = self / "checkpoint.pt"
         found = [load_weights(path)] if rank() == 0 and path.exists() else []
         if not (found := gather(found)[0]):
@@ -168,7 +172,7 @@ class Run:
             TypeError: hyperparameters, or the state of a scheduler, that no checkpoint can hold.
         """
         self.history = None  # so that save refuses, should this turn out to be another run
-        checkpoint = self.check(hyperparameters, model, optimizer, scheduler)
+        checkpoint = self._find(hyperparameters, model, optimizer, scheduler)
         half_trained = unwrap(model) is self._model  # stopped in epoch 1
         self._identity = self._identity_of(hyperparameters, model, optimizer, scheduler)
         self.hyperparameters = dict(hyperparameters)
