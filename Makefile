@@ -25,7 +25,7 @@ train: .venv/installed  ## the notebook in the terminal: 80 epochs on CIFAR-10, 
 	@$(RUN_NOTEBOOK)
 
 test: .venv/installed-dev  ## the tests: a minute or two
-	$(BIN)/python -m pytest -q -rs
+	$(BIN)/python -m pytest -q -rs -n 2
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, and $(PYTHON) \

@@ -221,7 +221,6 @@ def test_class_names_are_in_the_order_of_the_labels(label_map, names):
         {"a", "b", "c"},  # no order
         "abc",
     ],
-    ids=str,
 )
 def test_label_maps_that_do_not_say_the_class_of_each_label(label_map):
     with pytest.raises(ValueError, match="does not say the class of each label"):
