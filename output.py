@@ -56,20 +56,20 @@ def load_weights(path):
         OSError: the file cannot be read, or there is none.
         ValueError: the file is damaged, or holds more than tensors and plain values.
     """
-    file = io.BytesIO(pathlib.Path(path).read_bytes())  # whatever goes wrong from here on is in the bytes
-    try:
-        if zipfile.is_zipfile(file):  # the format since torch 1.6, whose checksums torch itself does not check
-            with zipfile.ZipFile(file) as archive:
-                if damaged := archive.testzip():
-                    raise zipfile.BadZipFile(f"bad checksum of {damaged}")
-        file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever zipfile, pickle and torch find wrong in arbitrary bytes
-        reason = "it holds more than tensors" if "weights_only" in str(error) else str(error).split("\n")[0]
-        raise ValueError(
-            f"{path} is damaged or not a file of tensors that torch.save wrote ({reason}). Nothing was changed; put "
-            "back a good copy, or delete it to start afresh"
-        ) from None
+    with open(path, "rb") as file:  # whatever goes wrong from here on is in the bytes
+        try:
+            if zipfile.is_zipfile(file):  # the format since torch 1.6, whose checksums torch itself does not check
+                with zipfile.ZipFile(file) as archive:
+                    if damaged := archive.testzip():
+                        raise zipfile.BadZipFile(f"bad checksum of {damaged}")
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever zipfile, pickle and torch find wrong in arbitrary bytes
+            reason = "it holds more than tensors" if "weights_only" in str(error) else str(error).split("\n")[0]
+    raise ValueError(
+        f"{path} is damaged or not a file of tensors that torch.save wrote ({reason}). Nothing was changed; put back a "
+        "good copy, or delete it to start afresh"
+    )
 
 
 def save_figure(figure, path=None):
