@@ -8,8 +8,9 @@ QUIET_STOP = import sys; hook = sys.excepthook; \
 	sys.excepthook = lambda kind, *rest: print("stopped") if kind is KeyboardInterrupt else hook(kind, *rest)
 RUN_NOTEBOOK = code="$(SCRIPT)" && GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-10000} MPLBACKEND=agg \
 	$(BIN)/python -u -c "$$(printf '%s\n' '$(QUIET_STOP)' "$$code")"
-# PyTorch for Linux comes with 5 GB of CUDA; a machine without NVIDIA's driver has no use for it.
-HAS_CUDA := $(or $(filter-out Linux,$(shell uname -s)),$(wildcard /proc/driver/nvidia/version),$(wildcard /dev/dxg))
+# PyTorch for Linux comes with 4 GB of CUDA; without NVIDIA's driver they are of no use. Unless PyTorch is there already:
+FITTING := $(or $(filter-out Linux,$(shell uname -s)),$(wildcard /proc/driver/nvidia/version),$(wildcard /dev/dxg),\
+	$(wildcard .venv/lib/python*/site-packages/torch))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo train test
@@ -30,7 +31,7 @@ test: .venv/installed-dev  ## the tests: a minute or two
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, and $(PYTHON) \
 	is older; name another one, such as: make PYTHON=python3.12 $(MAKECMDGOALS)")'
-	$(if $(HAS_CUDA),,@echo 'Installing 6 GB into .venv, most of it CUDA, which this machine has no driver for. For less: stop this (Ctrl-C), run'; \
+	$(if $(FITTING),,@echo 'Installing 6 GB into .venv, most of it CUDA, which this machine has no driver for. For less: stop this (Ctrl-C), run'; \
 	echo 'the first two commands in the row "Linux without an NVIDIA GPU" of README.md, then make again.')
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt

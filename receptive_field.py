@@ -157,7 +157,7 @@ def _nans(model, images, one_size):
 
 
 def post_receptive_field(model, rows, images=None, path=None):
-    """What an output sees: the theoretical receptive field layer by layer, and beside it the effective one.
+    """What an output sees: the theoretical receptive field layer by layer, and below it the effective one.
 
     Args:
         model: the network.
@@ -189,7 +189,7 @@ def post_receptive_field(model, rows, images=None, path=None):
         (gradient,) = torch.autograd.grad((output[:, :, centre, centre] * signs).sum(), images)
     field = gradient.abs().mean(dim=(0, 1)).numpy()
 
-    figure, (growth, effective) = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    figure, (growth, effective) = plt.subplots(2, 1, figsize=(6.5, 11), layout="constrained")
     bars = growth.barh(range(len(rows)), [row.receptive_field for row in rows], color="tab:blue")
     growth.bar_label(bars, padding=3, fontsize=9)
     growth.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=9)

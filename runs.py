@@ -74,7 +74,7 @@ class Run:
         self.name, self.data, self._shown = name, data, str(pathlib.Path(root) / name)
         self.folder = pathlib.Path(root).absolute() / name  # a later chdir must not lose an epoch
         self.history, self.hyperparameters = None, {}  # a dict per epoch: epoch, lr, COLUMNS, seconds; resume sets it
-        self.displays, self._model = set(), None  # what is shown of the run already
+        self.displays, self._model, self._first = set(), None, None  # what is shown of the run already
         if rank():
             return
         try:
@@ -189,7 +189,11 @@ class Run:
             print(f"{self}: resumed after epoch {len(self.history)} of {hyperparameters.get('epochs', '?')}")
             self._export(checkpoint)
         else:
-            data = serialized(self._checkpoint() | {"history": []})
+            if half_trained and self._first:  # and then the settings were changed
+                self._model.load_state_dict(self._first["model"])
+                _set_random_state(self._first["random"][rank()])
+            self._first = self._checkpoint() | {"history": []}
+            data = serialized(self._first)
             try:
                 torch.load(io.BytesIO(data), weights_only=True)  # read it back now, and not at the first resume
                 json.dumps(self.hyperparameters)

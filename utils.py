@@ -246,7 +246,7 @@ def _names(label_map, labels=()):
 
 
 def _image_grid(images, titles, heading, rows, columns):
-    figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.1 * rows + 0.5), layout="constrained")
+    figure, axes = plt.subplots(rows, columns, figsize=(1.7 * columns, 2.1 * rows + 0.5), layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, title in zip(axes.flat, images, titles):
@@ -321,7 +321,7 @@ def post_progress(run):
         for row in run.history
     ]
     if live or len(lines) >= epochs:  # to draw takes a second, too long for every epoch of a log
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+        figure, axes = plt.subplots(2, 1, figsize=(6.5, 7), layout="constrained", sharex=True)
         for axis, what, key in zip(axes, ("loss", "accuracy"), ("loss", "acc")):
             splits = {"training": "train", "test": "test"}.items()
             _curves(axis, what, {label: [row[f"{split}_{key}"] for row in run.history] for label, split in splits})
@@ -408,7 +408,7 @@ def post_confusion_matrix(misclassified, test_loader, label_map, title="", path=
         raise ValueError("there are more misclassified samples than the loader gives; pass the loader that was tested")
     matrix = wrong + np.diag(totals - wrong.sum(axis=1))
     rate = matrix / np.maximum(totals, 1)[:, None]
-    figure, axis = plt.subplots(figsize=(8.5, 7.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.5, 7), layout="constrained")
     # By the square root, or confusions of a few percent would all look white.
     image = axis.imshow(rate, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
     for (row, column), count in np.ndenumerate(matrix):

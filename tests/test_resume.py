@@ -92,6 +92,14 @@ def test_stopped_in_epoch_1_it_starts_again_from_the_first_weights(again, uninte
     assert end_state(tmp_path / "s9") == end_state(uninterrupted())
 
 
+def test_stopped_in_epoch_1_the_settings_may_change(uninterrupted, tmp_path):
+    notebook = Notebook(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        notebook.train(stop=("test", 1))
+    notebook.train(lr=0.04)  # from the model's first weights
+    assert end_state(tmp_path / "s9") == end_state(uninterrupted(lr=0.04))
+
+
 def test_a_new_model_keeps_its_weights_as_long_as_no_epoch_is_done(tmp_path):
     """Such as pretrained ones, under the settings of a run that was stopped in epoch 1."""
     notebook = Notebook(tmp_path)
