@@ -25,12 +25,8 @@ class ShiftScaleRotate(A.ImageOnlyTransform):
 
     Bilinear interpolation; the border is a reflection that does not repeat the edge pixels (BORDER_REFLECT_101).
     `A.Affine`, which took its place, shifts by whole pixels only, and its border is black unless told otherwise.
-
-    Args:
-        shift_limit: largest shift as a fraction of the side, drawn for each axis from (-shift_limit, shift_limit).
-        scale_limit: scale is drawn from (1 - scale_limit, 1 + scale_limit).
-        rotate_limit: angle in degrees, drawn from (-rotate_limit, rotate_limit).
-        p: probability that it fires.
+    Drawn uniformly are the shifts along both axes up to ± shift_limit of the side, the scale from 1 ± scale_limit, and
+    the angle up to ± rotate_limit degrees.
     """
 
     def __init__(self, shift_limit=0.1, scale_limit=0.2, rotate_limit=15, p=0.5):
@@ -62,9 +58,8 @@ def get_train_transforms(flip=0.1, shift_scale_rotate=0.1, cutout=0.3, crop_padd
     """Augmentations, by default those of the original run.
 
     Args:
-        flip: probability of a horizontal flip.
-        shift_scale_rotate: probability of a shift by up to 10 %, a scale of 0.8 to 1.2 and a rotation by up to 15
-            degrees, with reflected border.
+        flip, shift_scale_rotate: probabilities of a horizontal flip, and of a shift by up to 10 %, a scale of 0.8 to
+            1.2 and a rotation by up to 15 degrees.
         cutout: probability of one 16x16 hole in the mean colour, all of it inside the image (after DeVries & Taylor,
             arXiv 1708.04552, whose holes may stick out).
         crop_padding: pixels of reflected border; a random crop of 32x32 is cut from the image with it; 0 for no crop.
@@ -73,14 +68,13 @@ def get_train_transforms(flip=0.1, shift_scale_rotate=0.1, cutout=0.3, crop_padd
         `albumentations.Compose` from uint8 (32, 32, 3), or any (H, W, 3) without a crop, to float32 (3, H, W).
     """
     crop = [A.Pad(padding=crop_padding, border_mode=cv2.BORDER_REFLECT_101), A.RandomCrop(32, 32)]
+    mean_colour = tuple(round(255 * mean) for mean in CIFAR10_MEAN)
     return A.Compose(
         [
             A.HorizontalFlip(p=flip),
-            ShiftScaleRotate(shift_limit=0.1, scale_limit=0.2, rotate_limit=15, p=shift_scale_rotate),
+            ShiftScaleRotate(p=shift_scale_rotate),
             *(crop if crop_padding else []),
-            A.CoarseDropout(
-                (1, 1), (16, 16), (16, 16), fill=tuple(round(255 * mean) for mean in CIFAR10_MEAN), p=cutout
-            ),
+            A.CoarseDropout((1, 1), (16, 16), (16, 16), fill=mean_colour, p=cutout),
             A.Normalize(CIFAR10_MEAN, CIFAR10_STD),
             ToTensorV2(),
         ]
@@ -127,10 +121,14 @@ def augment_batch(pipeline, images, rng):
         raise TypeError(f"transforms is a {type(pipeline).__name__}; it must be an albumentations.Compose")
     plain = type(pipeline) is A.Compose and pipeline.p == 1
     for transform in pipeline.transforms if plain else [pipeline]:
-        images = BATCHED.get(type(transform), _image_by_image)(transform, images, rng)
+        changed = BATCHED.get(type(transform), _image_by_image)(transform, images, rng)
+        images = _image_by_image(transform, images, rng) if changed is None else changed
     if images.dtype == np.float64:  # as some of A.Normalize's variants make it
         images = images.astype(np.float32)
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()  # older networks flatten images by a view
+
+
+# ---- transforms on whole batches; None stands for arguments that none of this project's pipelines has ---------------
 
 
 def _firing(transform, images, rng):
@@ -152,8 +150,9 @@ def _shift_scale_rotate(transform, images, rng):
 
 
 def _coarse_dropout(transform, images, rng):
+    """One hole of any range of sizes in pixels and of any colour."""
     if isinstance(transform.fill, str) or transform.num_holes_range != (1, 1) or transform.hole_height_range[1] < 1:
-        return _image_by_image(transform, images, rng)  # random or inpainted holes, several, or sizes in fractions
+        return None
     firing = _firing(transform, images, rng)
     corners = []
     for side, (low, high) in zip(images.shape[1:3], (transform.hole_height_range, transform.hole_width_range)):
@@ -167,10 +166,10 @@ def _coarse_dropout(transform, images, rng):
 
 
 def _pad(transform, images, rng):
+    """A reflected border, by slices, which take a fraction of the time of any call for each image."""
     pad, (n, height, width, channels) = transform.padding, images.shape
-    reflected = transform.border_mode == cv2.BORDER_REFLECT_101 and transform.p == 1 and isinstance(pad, int)
-    if not reflected or pad >= min(height, width):
-        return _image_by_image(transform, images, rng)
+    if (transform.border_mode, transform.p) != (cv2.BORDER_REFLECT_101, 1) or pad not in range(min(height, width)):
+        return None
     padded = np.empty((n, height + 2 * pad, width + 2 * pad, channels), images.dtype)
     padded[:, pad : pad + height, pad : pad + width] = images
     for i in range(1, pad + 1):
@@ -185,7 +184,7 @@ def _pad(transform, images, rng):
 def _random_crop(transform, images, rng):
     n, height, width = images.shape[:3]
     if transform.p < 1 or transform.height > height or transform.width > width:
-        return _image_by_image(transform, images, rng)
+        return None
     tops = rng.integers(0, height - transform.height + 1, n)
     lefts = rng.integers(0, width - transform.width + 1, n)
     crops = np.empty((n, transform.height, transform.width, images.shape[3]), images.dtype)
@@ -196,7 +195,7 @@ def _random_crop(transform, images, rng):
 
 def _normalize(transform, images, rng):
     if transform.normalization != "standard" or transform.p < 1:
-        return _image_by_image(transform, images, rng)
+        return None
     n, height, width, channels = images.shape
     mean, denominator = (
         torch.from_numpy(np.tile(np.broadcast_to(values, channels), width))  # as long as a row, to vectorise
@@ -219,30 +218,26 @@ BATCHED = {
 
 def _image_by_image(transform, images, rng):
     """Any other transform: Albumentations itself, one image at a time, where it fires."""
+
+    def changed(image, **options):
+        image = transform(image=image, **options)["image"]
+        image = image.permute(1, 2, 0).numpy() if isinstance(image, torch.Tensor) else image  # of a nested ToTensorV2
+        return image[..., None] if image.ndim == 2 else image
+
     transform.set_random_seed(int(rng.integers(2**32)))
     if isinstance(transform, A.BaseCompose):  # it decides by itself what fires and when
-        return np.stack([_as_array(transform(image=image)["image"]) for image in images])
+        return np.stack([changed(image) for image in images])
     results = list(images)
     for index in _firing(transform, images, rng):
-        results[index] = _as_array(transform(image=images[index], force_apply=True)["image"])
+        results[index] = changed(images[index], force_apply=True)
     return np.stack(results)
-
-
-def _as_array(image):
-    """(H, W, C) again, of the tensor of a ToTensorV2 inside a nested pipeline or of a grey (H, W)."""
-    image = image.permute(1, 2, 0).numpy() if isinstance(image, torch.Tensor) else image
-    return image[..., None] if image.ndim == 2 else image
 
 
 class ImageBatches(Dataset):
     """Images and labels that a `DataLoader` reads a batch at a time, augmented as a batch.
 
-    `dataset[i]` is one (image float32 (3, 32, 32), label) pair. Augmentations are drawn from torch's generator.
-    Attributes that are set take effect in the next epoch.
-
-    Args:
-        image_set: an `image_sets.ImageSet`, whose attributes this has too.
-        transforms: an `albumentations.Compose`.
+    `dataset[i]` is one (image float32 (3, 32, 32), label) pair. Augmentations are drawn from torch's generator. It has
+    the attributes of the `image_sets.ImageSet` that it is made of; a change of them takes effect in the next epoch.
     """
 
     def __init__(self, image_set, transforms):

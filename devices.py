@@ -5,7 +5,6 @@ import functools
 import pathlib
 
 import torch
-from torch import nn
 
 from parallel import join_processes, world_size
 
@@ -23,11 +22,7 @@ def best_device():
 
 
 def autocast_dtype(device):
-    """The type to compute in: bfloat16 where it is faster, float16 on older NVIDIA GPUs, else float32.
-
-    Args:
-        device: a `torch.device`, or its name.
-    """
+    """The type to compute in: bfloat16 where it is faster, float16 on older NVIDIA GPUs, else float32."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
@@ -48,27 +43,19 @@ def _faster_in_bfloat16(cpuinfo="/proc/cpuinfo"):
     return "amx_bf16" in words or ("avx512_bf16" in words and "AuthenticAMD" in words)
 
 
-# The files of torch.nn.modules whose layers take images in any layout; those for volumes do not.
-ANY_LAYOUT = ("activation", "batchnorm", "container", "conv", "dropout", "linear", "normalization", "pooling")
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 def memory_format(model, device):
     """The layout for the model's images: channels_last, which has the faster kernels, if nothing can mind it.
 
-    A `view` of an activation fails in it, in a forward or in a hook. So no module may have hooks or a forward of its
-    own, and each has to be a layer of torch or of a class that says `channels_last = True`. Not on Apple's GPUs, where
-    it makes the gradients of batch normalisation wrong (pytorch issue 175189).
+    A `view` of an activation fails in it, in a forward or in a hook. So each module has to be a layer of torch or of a
+    class that says `channels_last = True`, without hooks or a forward of its own. Not on Apple's GPUs, where it makes
+    the gradients of batch normalisation wrong (pytorch issue 175189).
     """
-    if device.type == "mps" or any(getattr(nn.modules.module, f"_global{kind}") for kind in HOOKS):
-        return torch.contiguous_format
+    own = ("forward", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     for module in model.modules():
-        package, _, file = type(module).__module__.rpartition(".")
-        of_torch = package == "torch.nn.modules" and file in ANY_LAYOUT and "3d" not in type(module).__name__
-        known = of_torch or type(module) is nn.Flatten or vars(type(module)).get("channels_last")
-        if not known or "forward" in vars(module) or any(getattr(module, kind) for kind in HOOKS):
+        known = type(module).__module__.startswith("torch.nn.modules.") or vars(type(module)).get("channels_last")
+        if not known or any(vars(module).get(name) for name in own):
             return torch.contiguous_format
-    return torch.channels_last
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 @functools.cache

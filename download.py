@@ -4,7 +4,6 @@ Several sources are tried in turn, because the canonical host is at times thrott
 the same bytes, so a partial file moves from one to the next. Nothing is unpacked before its SHA-256 is right.
 """
 
-import errno
 import hashlib
 import http.client
 import os
@@ -12,7 +11,6 @@ import shutil
 import tarfile
 import tempfile
 import time
-import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -33,9 +31,6 @@ FOLDER_NAME = "cifar-10-batches-py"  # the one folder inside the archive
 STALL_SECONDS = 20  # a source that is silent for this long is given up
 MIN_BYTES_PER_SECOND = 200_000  # below this (14 minutes for the archive) the other sources are tried first
 SLOW_SECONDS = 10  # after which that is known
-CHUNK_BYTES = 1 << 20
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-TEMPORARY_PREFIX = ".cifar-10-unpacking-"
 
 
 class DownloadError(RuntimeError):
@@ -48,18 +43,16 @@ def fetch_batches(root):
     A partial download stays as `….part`, and the next call resumes it. The folder appears whole or not at all.
 
     Raises:
-        DownloadError: no source works, the archive is another one, or `root` cannot be written.
+        DownloadError: no source works, or the archive is another one.
+        OSError: `root` cannot be written, or has no 0.4 GB free.
     """
     archive = Path(root) / ARCHIVE_NAME
-    try:
-        archive.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{archive}.lock"):  # another process may be at it, or be done when this one has the lock
-            if not archive.exists():
-                _download(archive)
-            if not archive.with_name(FOLDER_NAME).exists():
-                _extract(archive)
-    except (OSError, tarfile.TarError) as error:
-        raise DownloadError(f"CIFAR-10 needs {root} to be a writable folder with 0.4 GB free: {error}") from None
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{archive}.lock"):  # another process may be at it, or be done when this one has the lock
+        if not archive.exists():
+            _download(archive)
+        if not archive.with_name(FOLDER_NAME).exists():
+            _extract(archive)
 
 
 def _download(archive):
@@ -71,8 +64,6 @@ def _download(archive):
                 if not reason and (reason := mismatch(part)):
                     part.unlink()  # an earlier source's bytes may be to blame: the second round starts afresh
             except (OSError, http.client.HTTPException, ValueError) as error:
-                if getattr(error, "errno", None) in DISK_ERRORS:
-                    raise
                 reason = str(error) or type(error).__name__
             if not reason:
                 return os.replace(part, archive)
@@ -92,9 +83,8 @@ def _fetch(source, part, slowest):
     start = part.stat().st_size if part.exists() else 0
     if start >= ARCHIVE_SIZE:
         return ""
-    request = urllib.request.Request(source, headers={"User-Agent": "cifar-10-download"})  # some refuse urllib's own
-    if start:
-        request.add_header("Range", f"bytes={start}-")
+    headers = {"User-Agent": "cifar-10-download"}  # some refuse urllib's own
+    request = urllib.request.Request(source, headers=headers | ({"Range": f"bytes={start}-"} if start else {}))
     print(f"fetching {source}", flush=True)  # a host may be silent for a while
     with urllib.request.urlopen(request, timeout=STALL_SECONDS) as response:
         if response.headers.get("Content-Range") != f"bytes {start}-{ARCHIVE_SIZE - 1}/{ARCHIVE_SIZE}":
@@ -102,37 +92,35 @@ def _fetch(source, part, slowest):
         size = int(response.headers.get("Content-Length", ARCHIVE_SIZE - start)) + start
         if size != ARCHIVE_SIZE:  # before the file is touched: an error page must not replace what is there
             return f"offers {size:,} bytes instead of {ARCHIVE_SIZE:,}"
-        bar = progress_bar(
-            desc=urllib.parse.urlsplit(source).netloc, total=ARCHIVE_SIZE, initial=start, unit="B", unit_scale=True
-        )
+        bar = progress_bar(total=ARCHIVE_SIZE, initial=start, unit="B", unit_scale=True)
         with bar, part.open("ab") as file:
             file.truncate(start)
             begun, arrived = time.monotonic(), 0
-            while chunk := response.read1(CHUNK_BYTES):  # not read, which waits for a full chunk
+            while chunk := response.read1(1 << 20):  # not read, which waits for a full chunk
                 file.write(chunk)
                 bar.update(len(chunk))
                 arrived, seconds = arrived + len(chunk), time.monotonic() - begun
                 if seconds > SLOW_SECONDS and arrived < slowest * seconds:
                     return f"sends only {arrived / seconds / 1000:.1f} kB/s"
-    missing = ARCHIVE_SIZE - part.stat().st_size
+    missing = ARCHIVE_SIZE - start - arrived
     return f"closed the connection with {missing:,} bytes missing" if missing else ""
 
 
 def mismatch(path):
     """How a file differs from the official archive in words, or '' if it is the official archive."""
-    if (size := path.stat().st_size) != ARCHIVE_SIZE:
-        return f"it has {size:,} bytes instead of {ARCHIVE_SIZE:,}"
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    return "" if found == ARCHIVE_SHA256 else f"its SHA-256 is {found} instead of {ARCHIVE_SHA256}"
+    size = path.stat().st_size
+    return "" if found == ARCHIVE_SHA256 else f"it has {size:,} bytes of SHA-256 {found} instead of {ARCHIVE_SHA256}"
 
 
 def _extract(archive):
     if wrong := mismatch(archive):
         raise DownloadError(f"{archive} is not the official CIFAR-10 archive ({wrong}); delete it or move it away")
-    for leftover in archive.parent.glob(f"{TEMPORARY_PREFIX}*"):  # of a process that was killed: we hold the lock
+    prefix = ".cifar-10-unpacking-"
+    for leftover in archive.parent.glob(f"{prefix}*"):  # of a process that was killed: we hold the lock
         shutil.rmtree(leftover)
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=archive.parent) as temporary:
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=archive.parent) as temporary:
         with tarfile.open(archive, "r:gz") as tar:
             tar.extractall(temporary, filter="data")
         os.replace(Path(temporary) / FOLDER_NAME, archive.with_name(FOLDER_NAME))

@@ -6,13 +6,12 @@ import operator
 import time
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from output import progress_bar
-from parallel import gather, world_size
+from parallel import gather
 
 
 class Tally:
@@ -26,17 +25,15 @@ class Tally:
         self.bar = progress_bar(total=total, desc=what, unit="batch", leave=False)
 
     def add(self, loss, predictions, labels):
-        """Count a batch; returns whether the device was waited for, to show how far it is."""
+        """Count a batch, and twice a second show how far it is."""
         self.losses.append(loss.detach())
         self.sizes.append(len(labels))
-        self.correct += (predictions == classes(labels)).sum()
+        self.correct += (predictions == class_indices(labels)).sum()
         self.bar.update()
-        if time.monotonic() - self.last_shown <= 0.5:
-            return False
-        loss_sum, correct, seen = self._sums()
-        self.bar.set_postfix_str(f"loss {loss_sum / seen:.4f}, accuracy {100 * correct / seen:.2f} %", refresh=False)
-        self.last_shown = time.monotonic()
-        return True
+        if time.monotonic() - self.last_shown > 0.5:
+            loss, correct, seen = self._sums()
+            self.bar.set_postfix_str(f"loss {loss / seen:.4f}, accuracy {100 * correct / seen:.2f} %", refresh=False)
+            self.last_shown = time.monotonic()
 
     def _sums(self):
         """(sum of the losses, number correct, number seen) of this process so far."""
@@ -60,12 +57,11 @@ class Tally:
                 values.append(value)
         if verbose:
             data = getattr(getattr(self.loader, "dataset", self.loader), "name", type(self.loader).__name__)
-            print(
-                f"{self.what:>14}  loss {loss:.4f}  accuracy {accuracy:5.2f} %  {seconds:6.1f} s  [{data}]", flush=True
-            )
+            line = f"{self.what:>14}  loss {loss:.4f}  accuracy {accuracy:5.2f} %  {seconds:6.1f} s  [{data}]"
+            print(line, flush=True)
 
 
-def classes(labels):
+def class_indices(labels):
     """Class indices (N,) of labels that may be probabilities (N, classes), as of CutMix."""
     return labels.argmax(dim=1) if labels.ndim > 1 else labels
 
@@ -79,60 +75,35 @@ class Misclassified(NamedTuple):
 
 
 class MisclassifiedSamples(list):
-    """What `test` returns: a list of `Misclassified`, with the transforms of the tested images.
+    """What `test` returns: a list of `Misclassified`, with the transforms of the tested images."""
 
-    `tested` is how many samples of each class there were, while the list has `found` samples, as that test left it.
-    """
-
-    tested, found = np.zeros(0, dtype=int), 0
-
-    def __init__(self, transforms=None):
+    def __init__(self, samples=(), transforms=None):
+        super().__init__(samples)
         self.transforms = transforms
 
     def __getitem__(self, index):
         part = super().__getitem__(index)
-        if isinstance(index, slice):
-            samples, part = part, MisclassifiedSamples(self.transforms)
-            part.extend(samples)
-        return part
+        return MisclassifiedSamples(part, self.transforms) if isinstance(index, slice) else part
 
     def read(self, unread):
         """Take over what is wrong in a list of batches (images, labels, predictions), which it empties."""
-        for images, labels, predictions in unread:
-            images, labels, predictions = images.cpu(), classes(labels).cpu(), predictions.cpu()
-            self._count(np.bincount(labels[labels >= 0]))
-            for index in torch.nonzero(predictions != labels).flatten().tolist():
-                sample = images[index], labels[index], predictions[index]
-                self.append(Misclassified(*(part.clone() for part in sample)))
-        self.found = len(self)
+        for batch in unread:
+            images, labels, predictions = (part.cpu() for part in batch)
+            labels = class_indices(labels)
+            wrong = predictions != labels
+            for sample in zip(images[wrong], labels[wrong], predictions[wrong]):
+                self.append(Misclassified(*map(torch.clone, sample)))  # a view would keep, and save, the whole batch
         unread.clear()
-
-    def _count(self, counts):
-        size = max(len(counts), len(self.tested))
-        self.tested = np.pad(self.tested, (0, size - len(self.tested))) + np.pad(counts, (0, size - len(counts)))
-
-    def of_all_processes(self):
-        """The samples of all processes, one process after the other, the same list in each."""
-        if world_size() == 1:
-            return self
-        everything = MisclassifiedSamples(self.transforms)
-        for parts, tested in gather(([torch.stack(part) for part in zip(*self)], self.tested)):
-            everything.extend(Misclassified(*sample) for sample in zip(*parts))
-            everything._count(tested)
-        everything.found = len(everything)
-        return everything
-
-
-# ---- what would be silently wrong, refused before the first step ---------------------------------------------------
 
 
 def check_first_batch(model, criterion, scores, labels):
     """The labels are classes of the model, and the scores are what the criterion takes."""
     partial = isinstance(criterion, functools.partial)
     function, options = (criterion.func, criterion.keywords) if partial else (criterion, {})
-    largest = classes(labels).masked_fill(classes(labels) == getattr(criterion, "ignore_index", -100), 0).max()
+    ignored = getattr(criterion, "ignore_index", -100)
+    largest = max((label for label in class_indices(labels).tolist() if label != ignored), default=0)
     if largest >= scores.shape[1]:
-        raise ValueError(f"the loader gave a label {int(largest)} and the model has {scores.shape[1]} classes")
+        raise ValueError(f"the loader gave a label {largest} and the model has {scores.shape[1]} classes")
     if options.get("reduction", getattr(criterion, "reduction", "mean")) == "sum":
         raise ValueError("the criterion's reduction is 'sum'; it must be the 'mean' over a batch")
     takes_logs = function is F.nll_loss or isinstance(function, nn.NLLLoss)

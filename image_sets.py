@@ -4,13 +4,12 @@ import contextlib
 import hashlib
 import io
 import os
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 
 import download
 from output import load_weights, progress_bar, serialized, write_atomically
@@ -46,11 +45,8 @@ def load_images(dataset, split, root=None):
 
     "digits" is scikit-learn's 1,797 8x8 handwritten digits, enlarged: no download, a sample to try things on.
 
-    Args:
-        root: folder of the data; by default the environment variable CIFAR10_ROOT, else ./data, made if need be.
-
-    Returns:
-        ImageSet: images uint8 (N, 32, 32, 3) in RGB, labels int64 (N,), always in the same order.
+    The root is by default the environment variable CIFAR10_ROOT, else ./data, made if need be. The order of the images
+    is always the same.
 
     Raises:
         ValueError: unknown dataset or split, a root that is not there or holds something else, or data that is
@@ -71,8 +67,8 @@ def load_images(dataset, split, root=None):
         loaded = _load_folder(root, split)
     else:
         found = sorted(path.name for path in root.glob("[!.]*"))
-        known = any(name.startswith("cifar-10") for name in found)
-        if named and not (known or (root.is_dir() and not found)):
+        usable = any(name.startswith("cifar-10") for name in found) or (root.is_dir() and not found)
+        if named and not usable:
             raise ValueError(
                 f"{root.absolute()} {f'holds {_some(found)}' if found else 'is no folder'}; name one that has "
                 f"train/<class>/ and test/<class>/ with images, {download.FOLDER_NAME}/ or {download.ARCHIVE_NAME}, or "
@@ -86,9 +82,8 @@ def load_images(dataset, split, root=None):
 def split_validation(labels, per_class=500):
     """(training, validation): indices of the images to train on and of those held out, the same on every call.
 
-    Args:
-        labels: int64 (N,), as `loader.dataset.labels`.
-        per_class: how many images of each class are held out; ValueError if a class has no more.
+    labels are int64 (N,), as `loader.dataset.labels`; per_class images of each class are held out, ValueError if a
+    class has no more.
     """
     labels = np.asarray(labels)
     classes, counts = np.unique(labels, return_counts=True)
@@ -108,31 +103,30 @@ def _some(names):
 
 def _load_folder(root, split):
     from torchvision.datasets import ImageFolder  # slow to import, and not needed for the digits
+    from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    # One name can be spelt in two ways of Unicode, as when a Mac has written one of the folders.
-    folders = {part: ImageFolder(root / part) for part in SPLITS}
-    names = {part: [unicodedata.normalize("NFC", name) for name in folder.classes] for part, folder in folders.items()}
-    missing, extra = set(names["train"]) - set(names["test"]), set(names["test"]) - set(names["train"])
+    passed_over = 0
+
+    def is_image(path):
+        """Not such as a Mac and Jupyter make, whose names begin with a dot, in the class folder or below."""
+        nonlocal passed_over
+        wanted = path.lower().endswith(IMG_EXTENSIONS) and f"{os.sep}." not in path[len(str(root / split)) :]
+        passed_over += not wanted
+        return wanted
+
+    names = {part: {path.name for path in (root / part).glob("*/")} for part in SPLITS}
+    missing, extra = names["train"] - names["test"], names["test"] - names["train"]
     if missing or extra:
         raise ValueError(
             f"{root / 'test'} must have the classes of {root / 'train'}: missing {_some(sorted(missing)) or 'none'}, "
             f"extra {_some(sorted(extra)) or 'none'}; add, rename or delete folders until they agree"
         )
-    classes = sorted(set(names[split]))
-    samples = [(path, label) for path, label in folders[split].samples if not _hidden(path, root / split)]
-    files = sorted((classes.index(names[split][label]), path) for path, label in samples)
-    others = sum(len(inside) for _, _, inside in os.walk(root / split, followlinks=True)) - len(files)
-    if others:
-        print(f"{root / split}: passed over {others:,} files of other kinds")
-    labels, paths = np.array([label for label, _ in files], dtype=np.int64), [path for _, path in files]
-    images = _decode(root, split, paths)
-    return ImageSet(images, labels, tuple(classes), root.resolve().name, f"image folder {root / split}")
-
-
-def _hidden(path, folder):
-    """Whether a name inside of the class folder begins with a dot, as a Mac and Jupyter make them."""
-    inside = path[len(str(folder)) + 1 :].partition(os.sep)[2]
-    return f"{os.sep}." in os.sep + inside
+    folder = ImageFolder(root / split, is_valid_file=is_image)
+    if passed_over:
+        print(f"{root / split}: passed over {passed_over:,} files of other kinds")
+    images = _decode(root, split, [path for path, _ in folder.samples])
+    labels, source = np.array(folder.targets, dtype=np.int64), f"image folder {root / split}"
+    return ImageSet(images, labels, tuple(folder.classes), root.resolve().name, source)
 
 
 def _decode(root, split, paths):
@@ -172,27 +166,16 @@ def _decode(root, split, paths):
     return images
 
 
-# How the camera was held, by the EXIF tag for it: what makes the picture upright (Exif 2.3, 4.6.4.A).
-TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
-TURNS = {tag: Image.Transpose[turn] for tag, turn in enumerate(TURNS, start=2)}
-
-
 def to_rgb(image, size=IMAGE_SIZE):
     """Bring a PIL image of any mode and size to uint8 (size, size, 3).
 
-    Transparency goes over white, 16-bit and floating-point grey is scaled to 8 bits, a camera's rotation tag is
-    applied, and another size is resized with antialiased bilinear (not cropped, so a picture that is not square is
-    squeezed).
-
-    Raises:
-        ValueError: a floating-point picture that is not from 0 to 1.
+    Transparency goes over white, 16-bit and floating-point grey (from 0 to 1, else ValueError) is scaled to 8 bits, a
+    camera's rotation tag is applied, and another size is resized with antialiased bilinear (not cropped, so a picture
+    that is not square is squeezed).
     """
-    image.load()  # which already turns a TIFF, and then takes the tag away
-    turn = None
-    with contextlib.suppress(Exception):  # tags that cannot be read say nothing of the pixels
-        # Not ImageOps.exif_transpose, which writes all tags anew and so fails on one that is odd.
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    image = image if turn is None else image.transpose(turn)
+    image.load()
+    with contextlib.suppress(Exception):  # it writes all tags anew, and fails on odd ones, which say nothing of pixels
+        image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # 16 or 32 bits, or floats: convert("RGB") would clip them at 255
         grey = np.asarray(image)
         if image.mode == "F" and not (grey.min() >= 0 and grey.max() <= 1):  # false for NaN too

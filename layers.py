@@ -1,7 +1,4 @@
-"""Temporary changes to a model: faster kernels for two kinds of layers on a CPU.
-
-The model itself stays of torch's own layers, for every tool that looks at it.
-"""
+"""Temporary changes to a model, whose own layers stay torch's: faster kernels for two kinds of layers on a CPU."""
 
 import contextlib
 import functools
@@ -20,24 +17,27 @@ def faster_layers(model, device):
     Depthwise convolutions with several outputs per channel run as ones with a single output. Dropout draws the
     positions of the dropped units, so it drops others than torch would with the same seed.
     """
-    changed = []
     # torch.compile makes kernels of its own, whether it has wrapped the model or compiled it in place.
     compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules())
-    if device.type == "cpu" and not compiled:
-        for module in model.modules():
-            forward = None
-            if type(module) is nn.Conv2d and 1 < module.groups == module.in_channels < module.out_channels:
-                forward = _depthwise if module.padding_mode == "zeros" else None
-            elif type(module) is nn.Dropout and 0 < module.p < 0.99 and not module.inplace:
-                forward = _dropout  # nearer to 1, the table of quantiles is too coarse for the last survivors
-            if forward and "forward" not in vars(module):  # unless some library has replaced it
-                module.forward = _Faster(module, forward)
-                changed.append(module)
+    modules = [] if compiled or device.type != "cpu" else model.modules()
+    faster = {module: way for module in modules if (way := _faster_way(module))}
+    for module, way in faster.items():
+        module.forward = _Faster(module, way)
     try:
         yield
     finally:
-        for module in changed:
+        for module in faster:
             del module.forward
+
+
+def _faster_way(module):
+    """What can stand in for the module's forward, or None; also if some library has replaced it already."""
+    if type(module) is nn.Conv2d and module.padding_mode == "zeros" and "forward" not in vars(module):
+        return _depthwise if 1 < module.groups == module.in_channels < module.out_channels else None
+    if type(module) is nn.Dropout and not module.inplace and "forward" not in vars(module):
+        # Nearer to 1, the table of quantiles is too coarse for the last survivors.
+        return _dropout if 0 < module.p < 0.99 else None
+    return None
 
 
 class _Faster:
@@ -92,17 +92,10 @@ class _DropPositions(torch.autograd.Function):
 
 def _dropped_positions(n, p):
     """Sorted positions, int64, of the dropped among n units, each dropped independently with probability p."""
-    distances = _geometric_quantiles(p)
-    draws = int(n * p + 6 * math.sqrt(n * p) + 16)  # nearly always enough; if not, one more round is drawn
-    rounds, last = [], -1
-    while last < n:
-        uniform = torch.empty(draws // 4 + 1, dtype=torch.int64).random_(-(2**63), None)  # four of 16 bits in each
-        drawn = distances.take(uniform.numpy().view(np.uint16), mode="clip")  # "clip" only saves a check
-        drawn = torch.from_numpy(drawn).to(torch.int64)
-        drawn[0] += last
-        rounds.append(drawn.cumsum_(0))
-        last = rounds[-1][-1].item()
-    positions = rounds[0] if len(rounds) == 1 else torch.cat(rounds)
+    draws = int(n * p + 6 * math.sqrt(n * p) + 16)  # enough, but for once in a billion; then the last units are kept
+    uniform = torch.empty(draws // 4 + 1, dtype=torch.int64).random_(-(2**63), None)  # four of 16 bits in each
+    distances = _geometric_quantiles(p).take(uniform.numpy().view(np.uint16), mode="clip")  # which only saves a check
+    positions = torch.from_numpy(distances).to(torch.int64).cumsum_(0).sub_(1)
     return positions[: torch.searchsorted(positions, n)]
 
 

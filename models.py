@@ -27,12 +27,8 @@ class Model(Pretrained):
     C1 to C3 end in a strided convolution instead of pooling; C1 has a dilated layer; the 3x3 layers of C3 and C4 are
     depthwise (but for C3's strided one), each block's run of them closed by a pointwise `squeeze`.
 
-    Args:
-        dropout_value: probability of zeroing an activation, in [0, 1].
-        num_classes: outputs of the classifier; 53 parameters each.
-
     Input is float (N, 3, H, W), normalised, H and W at least 7 (32 for CIFAR-10); output is (N, num_classes)
-    log-probabilities.
+    log-probabilities. dropout_value is the probability of zeroing an activation, in [0, 1].
     """
 
     channels_last = True  # no step of forward minds how images lie in memory, see devices.memory_format
@@ -130,11 +126,8 @@ class SeparableResNet(Pretrained):
 
     Then global average pooling, dropout and a linear classifier: 198,938 parameters. How it was found: RESULTS.md.
 
-    Args:
-        dropout_value: probability of zeroing a feature before the classifier, in [0, 1].
-        num_classes: outputs of the classifier; 129 parameters each.
-
     Input is float (N, 3, H, W), normalised (32x32 for CIFAR-10); output is (N, num_classes) log-probabilities.
+    dropout_value is the probability of zeroing a feature before the classifier, in [0, 1].
     """
 
     channels_last = True
@@ -154,9 +147,7 @@ class SeparableResNet(Pretrained):
             Residual(separable(128), separable(128, activation=nn.Identity)),
             conv_norm(128, 128, stride=2, groups=4),
         )
-        self.C4 = nn.Sequential(
-            Residual(separable(128, activation=nn.Identity)),
-        )
+        self.C4 = nn.Sequential(Residual(separable(128, activation=nn.Identity)))
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(dropout_value)
         self.classifier = nn.Linear(128, num_classes)

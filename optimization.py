@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 
 import numpy as np
 import torch
@@ -20,18 +21,11 @@ class MuonSGD(optim.Optimizer):
     change alike, not mostly those of large gradients. The step does not change the norm of the kernel: behind a
     normalisation only its direction matters.
 
-    Args:
-        params: float32 parameters or groups; those of groups with `muon=True` have at least two dimensions.
-        lr: a step of Muon is lr times as long as the kernel.
-        weight_decay: not for groups with `muon=True`, whose norm stays as it is.
-
-    Raises:
-        ValueError: a negative argument.
+    Parameters are float32, those of groups with `muon=True` of at least two dimensions. A step of Muon is lr times as
+    long as the kernel, whose norm no weight decay changes.
     """
 
     def __init__(self, params, lr=0.01, momentum=0.9, weight_decay=0.0):
-        if min(lr, momentum, weight_decay) < 0:
-            raise ValueError(f"{lr=}, {momentum=}, {weight_decay=}: none of them may be negative")
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "muon": False})
 
     @torch.no_grad()
@@ -42,27 +36,26 @@ class MuonSGD(optim.Optimizer):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
                 continue
-            for parameter in parameters:
-                if "momentum_buffer" not in self.state[parameter]:
-                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            momenta = [
+                self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+                for parameter in parameters
+            ]
             # torch._foreach, as torch's own optimizers: on a GPU few kernels for all parameters, not some for each.
             decay = 0 if group["muon"] else group["weight_decay"]
-            gradients = torch._foreach_add([p.grad for p in parameters], parameters, alpha=decay)
-            momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+            steps = torch._foreach_add([p.grad for p in parameters], parameters, alpha=decay)
             torch._foreach_mul_(momenta, group["momentum"])
-            torch._foreach_add_(momenta, gradients)
-            torch._foreach_add_(gradients, momenta, alpha=group["momentum"])
-            if not group["muon"]:
-                torch._foreach_add_(parameters, gradients, alpha=-group["lr"])
-                continue
+            torch._foreach_add_(momenta, steps)
+            torch._foreach_add_(steps, momenta, alpha=group["momentum"])
             norms = torch._foreach_norm(parameters)
-            steps = orthogonalized([gradient.flatten(1) for gradient in gradients])
-            lengths = [norm / min(step.shape) ** 0.5 for norm, step in zip(norms, steps)]
-            steps = [step.view_as(parameter) * length for step, parameter, length in zip(steps, parameters, lengths)]
+            if group["muon"]:
+                steps = orthogonalized([step.flatten(1) for step in steps])
+                torch._foreach_mul_(steps, [norm / min(step.shape) ** 0.5 for norm, step in zip(norms, steps)])
+                steps = [step.view_as(parameter) for step, parameter in zip(steps, parameters)]
             torch._foreach_add_(parameters, steps, alpha=-group["lr"])
-            after = torch._foreach_norm(parameters)
-            torch._foreach_clamp_min_(after, 1e-30)  # a kernel that has become zero stays so
-            torch._foreach_mul_(parameters, torch._foreach_div(norms, after))
+            if group["muon"]:
+                after = torch._foreach_norm(parameters)
+                torch._foreach_clamp_min_(after, 1e-30)  # a kernel that has become zero stays so
+                torch._foreach_mul_(parameters, torch._foreach_div(norms, after))
         return loss
 
 
@@ -96,26 +89,16 @@ def _muon_kernels(model):
     return [weight for weight in dict.fromkeys(dense) if isinstance(weight, nn.Parameter) and weight.any()]
 
 
+# Of which everything but a bias is a weight; not a normalisation, nor a module's own scale.
 WITH_WEIGHTS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)
-
-
-def _weights(model):
-    """The parameters of layers that are no biases: nothing of a normalisation, nor a module's own scale."""
-    layers = [module for module in model.modules() if isinstance(module, WITH_WEIGHTS)]
-    return {p for layer in layers for name, p in layer.named_parameters() if "bias" not in name}
 
 
 def _named(name, what, choices):
     """The choice of that name, whatever its case and punctuation."""
-
-    def plain(name):
-        return "".join(filter(str.isalnum, str(name).lower()))
-
-    found = {plain(choice.__name__): choice for choice in choices}
-    if plain(name) not in found:
-        names = sorted(choice.__name__ for choice in choices)
-        raise ValueError(f"unknown {what} {name!r}; there is {', '.join(names)}")
-    return found[plain(name)]
+    plain = {re.sub(r"[^a-z0-9]", "", choice.__name__.lower()): choice for choice in choices}
+    if (key := re.sub(r"[^a-z0-9]", "", str(name).lower())) not in plain:
+        raise ValueError(f"unknown {what} {name!r}; there is {', '.join(sorted(c.__name__ for c in choices))}")
+    return plain[key]
 
 
 def _classes(module, base):
@@ -126,22 +109,9 @@ def _classes(module, base):
 
 # Not Muon, which takes nothing but matrices, nor LBFGS, which steps by a closure, which `train` does not have.
 OPTIMIZERS = [kind for kind in _classes(optim, optim.Optimizer) if kind.__name__ not in ("Muon", "LBFGS")] + [MuonSGD]
+SCHEDULERS = _classes(lr_scheduler, lr_scheduler.LRScheduler)
 
 
-def _also_named(**names):
-    """Let a function take keywords of the original code, {its name: ours}, as well."""
-
-    def decorate(function):
-        @functools.wraps(function)
-        def renamed(*args, **kwargs):
-            return function(*args, **{names.get(key, key): value for key, value in kwargs.items()})
-
-        return renamed
-
-    return decorate
-
-
-@_also_named(optname="name", learningrate="lr", momentumval="momentum")
 def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, decay="all", kernel_lr=None, **options):
     """Any optimizer of `torch.optim` that steps by gradients alone, or `MuonSGD`, by name, for all parameters.
 
@@ -157,36 +127,32 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
         options: go to the optimizer.
 
     Raises:
-        ValueError: unknown name; MuonSGD for a network without such kernels.
+        ValueError: unknown name.
     """
-    kind = _named(name, "optimizer", OPTIMIZERS)
+    name, lr = options.pop("optname", name), options.pop("learningrate", lr)  # the names of the original code
+    momentum = options.pop("momentumval", momentum)
+    kind, model = _named(name, "optimizer", OPTIMIZERS), unwrap(model)
     if "momentum" in inspect.signature(kind).parameters:
         options["momentum"] = momentum
     if weight_decay is not None:
         options["weight_decay"] = weight_decay
-    model = unwrap(model)
-    groups = [{"params": list(model.parameters())}]
-    if kind is MuonSGD:
-        kernels = _muon_kernels(model)
-        if not kernels:
-            raise ValueError("Muon trains convolutions without bias, and this network has none; take 'SGD'")
-        rest = [parameter for parameter in model.parameters() if parameter not in set(kernels)]
-        groups = [
-            {"params": rest},
-            {"params": kernels, "lr": lr / 15 if kernel_lr is None else kernel_lr, "muon": True},
-        ]
-    weights = {"all": set(model.parameters()), "weights": _weights(model)}[decay]
-    rest = groups.pop(0)["params"]
-    decayed, others = [p for p in rest if p in weights], [p for p in rest if p not in weights]
-    groups = [{"params": decayed}, *([{"params": others, "weight_decay": 0.0}] if others else []), *groups]
-    return kind(groups, lr=lr, **options)
+    kernels = _muon_kernels(model) if kind is MuonSGD else []
+    layers = [module for module in model.modules() if isinstance(module, WITH_WEIGHTS)]
+    weights = {p for layer in layers for name, p in layer.named_parameters() if "bias" not in name}
+    decayed = {"all": set(model.parameters()), "weights": weights}[decay]
+    rest = [parameter for parameter in model.parameters() if parameter not in set(kernels)]
+    groups = [
+        {"params": [parameter for parameter in rest if parameter in decayed]},
+        {"params": [parameter for parameter in rest if parameter not in decayed], "weight_decay": 0.0},
+        {"params": kernels, "lr": lr / 15 if kernel_lr is None else kernel_lr, "muon": True},
+    ]
+    return kind([group for number, group in enumerate(groups) if group["params"] or not number], lr=lr, **options)
 
 
 # What torch counts in steps.
 IN_EPOCHS = {"step_size", "T_max", "T_0", "total_iters", "milestones", "step_size_up", "step_size_down"}
 
 
-@_also_named(stepsize="step_size", gamma_val="gamma")
 def get_scheduler(optimizer, size_or_name=None, gamma=None, name="StepLR", epochs=None, steps_per_epoch=1, **options):
     """A scheduler of `torch.optim.lr_scheduler` by name; what it counts is given in epochs.
 
@@ -207,15 +173,14 @@ def get_scheduler(optimizer, size_or_name=None, gamma=None, name="StepLR", epoch
             an optimizer whose learning rate an earlier scheduler has brought to nothing.
     """
     options.pop("verbose", None)  # which torch has given up
+    size_or_name, gamma = options.pop("stepsize", size_or_name), options.pop("gamma_val", gamma)
     if isinstance(size_or_name, str):
         name = size_or_name
     elif size_or_name is not None:
         options["step_size"] = size_or_name
     if gamma is not None:
         options["gamma"] = gamma
-    kind = _named(
-        "StepLR" if isinstance(name, bool) else name, "scheduler", _classes(lr_scheduler, lr_scheduler.LRScheduler)
-    )
+    kind = _named("StepLR" if isinstance(name, bool) else name, "scheduler", SCHEDULERS)
     for group in optimizer.param_groups:
         peak = group.get("max_lr", group.get("initial_lr", 0))  # which schedulers leave there
         # Before the first step a warm-up may have set it as low.
@@ -233,14 +198,12 @@ def get_scheduler(optimizer, size_or_name=None, gamma=None, name="StepLR", epoch
     given = {"T_max": epochs, "epochs": epochs, "steps_per_epoch": steps_per_epoch}
     given["max_lr"] = [group["lr"] for group in optimizer.param_groups]
     if "total_iters" in takes:  # others than PolynomialLR have it for a part of the run, such as its warm-up
-        to_the_end = epochs if kind is lr_scheduler.PolynomialLR else None
-        given["total_iters"] = to_the_end or takes["total_iters"].default
+        given["total_iters"] = (kind is lr_scheduler.PolynomialLR and epochs) or takes["total_iters"].default
     if kind is lr_scheduler.StepLR:
         given |= {"step_size": 10, "gamma": 0.1}
     given = {key: value for key, value in given.items() if key in takes and value is not None} | options
     for key in IN_EPOCHS & given.keys():
-        if given[key] is not None:
-            # Whole ones, as torch waits for a step that is equal.
+        if given[key] is not None:  # whole ones, as torch waits for a step that is equal
             given[key] = np.rint(np.array(given[key]) * steps_per_epoch).astype(int).tolist()
     scheduler = kind(optimizer, **given)
     # What nobody else can know: `train` refuses a scheduler that was made for another number of batches, or for epochs.
@@ -248,13 +211,10 @@ def get_scheduler(optimizer, size_or_name=None, gamma=None, name="StepLR", epoch
     return scheduler
 
 
-@_also_named(loss_name="name")
 def get_loss(name="nll_loss", **options):
     """A loss, the mean over a batch: "nll_loss" for log-probabilities, which Model returns, or "cross_entropy".
 
     It is a function of (scores, labels); `get_loss()(scores, labels, reduction="sum")` is another reduction.
-
-    Raises:
-        ValueError: unknown name.
     """
-    return functools.partial(_named(name, "loss", [F.nll_loss, F.cross_entropy]), **options)
+    kind = _named(options.pop("loss_name", name), "loss", [F.nll_loss, F.cross_entropy])
+    return functools.partial(kind, **options)

@@ -5,7 +5,6 @@ import io
 import os
 import pathlib
 import sys
-import time
 import zipfile
 
 import torch
@@ -23,23 +22,13 @@ def write_atomically(path, data):
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        _replace(partial, path)
+        os.replace(partial, path)
     except OSError as error:
         error.filename = str(path)  # which the message then names
         raise
     finally:
         with contextlib.suppress(OSError):  # a read-only disk refuses this too, and has had its error
             partial.unlink(missing_ok=True)
-
-
-def _replace(source, target, waits=(0.1, 0.3, 1.0)):
-    """os.replace, tried again while a virus scanner or a spreadsheet has the target open under Windows."""
-    for wait in waits:
-        try:
-            return os.replace(source, target)
-        except PermissionError:
-            time.sleep(wait)
-    os.replace(source, target)
 
 
 def serialized(value):
@@ -60,8 +49,8 @@ def load_weights(path):
         try:
             if zipfile.is_zipfile(file):  # the format since torch 1.6, whose checksums torch itself does not check
                 with zipfile.ZipFile(file) as archive:
-                    if damaged := archive.testzip():
-                        raise zipfile.BadZipFile(f"bad checksum of {damaged}")
+                    for name in archive.namelist():
+                        archive.read(name)
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever zipfile, pickle and torch find wrong in arbitrary bytes

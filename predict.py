@@ -32,10 +32,12 @@ class Prediction(NamedTuple):
     probability: float
     probabilities: dict[str, float]
 
+    def best(self):
+        """The three most probable classes, [(name, probability)]."""
+        return sorted(self.probabilities.items(), key=lambda item: -item[1])[:3]
+
     def __str__(self):
-        """The three most probable classes."""
-        best = sorted(self.probabilities.items(), key=lambda item: -item[1])[:3]
-        return ", ".join(f"{name} {probability:.1%}" for name, probability in best)
+        return ", ".join(f"{name} {probability:.1%}" for name, probability in self.best())
 
 
 def class_names(label_map):
@@ -43,16 +45,13 @@ def class_names(label_map):
 
     Args:
         label_map: a list of names in this order, {name: label}, as the loaders give, or {label: name}; the labels are
-            0, 1, 2, ...
-
-    Raises:
-        ValueError: labels that are not 0, 1, 2, ..., or not one for each name.
+            0, 1, 2, ..., one for each name, else ValueError.
     """
-    pairs = dict(enumerate(label_map)) if isinstance(label_map, (list, tuple)) else label_map
-    if isinstance(pairs, dict) and set(pairs.values()) == set(range(len(pairs))):
+    pairs = dict(enumerate(label_map)) if isinstance(label_map, (list, tuple)) else dict(label_map)
+    if set(pairs.values()) == set(range(len(pairs))):
         pairs = {label: name for name, label in pairs.items()}
-    names = [str(pairs[label]) for label in range(len(pairs)) if label in pairs] if isinstance(pairs, dict) else []
-    if not isinstance(pairs, dict) or len({*names}) < len(pairs):
+    names = [str(pairs[label]) for label in range(len(pairs)) if label in pairs]
+    if len({*names}) < len(pairs):
         raise ValueError(
             f"{label_map!r} does not say the class of each label; it must be a list of names, {{name: label}} or "
             f"{{label: name}}, with each name once and the labels 0, 1, 2, ..."
@@ -86,7 +85,7 @@ def predict(model, images, classes=CIFAR10_CLASSES, transforms=None):
     classes = class_names(classes)
     if isinstance(images, (str, os.PathLike, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):
         images = [images]
-    pixels = [to_rgb(_as_pil(image, f"picture {number}")) for number, image in enumerate(images, start=1)]
+    pixels = [to_rgb(_as_pil(image)) for image in images]
     if not pixels:
         return []
     images = augment_batch(transforms or get_test_transforms(), np.stack(pixels), np.random.default_rng(0))
@@ -99,7 +98,7 @@ def predict(model, images, classes=CIFAR10_CLASSES, transforms=None):
     return [Prediction(classes[int(np.argmax(row))], max(row), dict(zip(classes, row))) for row in rows]
 
 
-def _as_pil(image, name):
+def _as_pil(image):
     """One picture, in any of the forms that `predict` takes, as a PIL image."""
     if isinstance(image, Image.Image):
         return image
@@ -128,12 +127,11 @@ def post_predictions(pictures, predictions, path=None):
         axis.axis("off")
     for number, (picture, prediction) in enumerate(zip(pictures, predictions)):
         above, below = axes[2 * (number // columns) :, number % columns][:2]
-        above.imshow(_as_pil(picture, "a picture").convert("RGB"))
-        best = sorted(prediction.probabilities.items(), key=lambda item: item[1])[-3:]
+        above.imshow(_as_pil(picture).convert("RGB"))
         below.axis("on")
-        below.barh(range(3)[: len(best)], [100 * probability for _, probability in best], color="tab:green", alpha=0.4)
-        for position, (name, probability) in enumerate(best):
-            below.text(3, position, f"{name} {probability:.1%}".replace("$", r"\$"), va="center", fontsize=11)
+        for position, (name, probability) in enumerate(prediction.best()):
+            below.barh(-position, 100 * probability, color="tab:green", alpha=0.4)
+            below.text(3, -position, f"{name} {probability:.1%}".replace("$", r"\$"), va="center", fontsize=11)
         below.set(xlim=(0, 100), yticks=[], xlabel="probability (%)")
     return save_figure(figure, path)
 

@@ -19,11 +19,7 @@ def shipped():
 
 
 def provenance(name):
-    """What is known of the weights `weights/<name>.pt`: recipe, images, versions, accuracy, as a dict.
-
-    Raises:
-        ValueError: no weights of that name.
-    """
+    """What is known of the weights `weights/<name>.pt`: recipe, images, versions, accuracy, as a dict."""
     try:
         return json.loads((WEIGHTS / f"{name}.json").read_text())
     except FileNotFoundError:

@@ -36,14 +36,12 @@ class ReceptiveFieldTable(list):
 
     total = 1
 
-    def __str__(self):
+    def __repr__(self):
         lines = [["name", "layer", "size", "jump", "field"]]
         lines += [["all" if cell is None else str(cell) for cell in row] for row in self]
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        pads = [str.ljust] * 2 + [str.rjust] * 3
-        return "\n".join("  ".join(pad(cell, width) for pad, cell, width in zip(pads, line, widths)) for line in lines)
-
-    __repr__ = __str__
+        name, layer, size, jump, field = (max(map(len, column)) for column in zip(*lines))
+        layout = f"{{:{name}}}  {{:{layer}}}  {{:>{size}}}  {{:>{jump}}}  {{:>{field}}}"
+        return "\n".join(layout.format(*line) for line in lines)
 
     def _repr_html_(self):
         return scrolled(str(self))
@@ -95,9 +93,7 @@ def receptive_field(model, input_size=32):
     sizes = [nans.shape[-1] for _, nans in layers(input_size)]
     width, wider, jumps = 2 * input_size, 64, [None]
     if not layers(width):
-        raise ValueError(
-            f"receptive_field needs wider images, and {type(model).__name__} takes {input_size} pixels only"
-        )
+        raise ValueError(f"receptive_field needs wider images than {input_size} pixels, which the network cannot take")
     for name, nans in layers(width, torch.ones(1, width, dtype=torch.bool)):
         if not nans[:, nans.shape[1] // 2].all():
             raise ValueError(f"receptive_field cannot see through {name}: of an image of NaN, it makes numbers")
@@ -110,8 +106,7 @@ def receptive_field(model, input_size=32):
             jumps.append(round(wider / grown) if grown else None)
     before, measured = [], inside(width)
     while measured != before and not all(measured):  # some layers see all of any width
-        width, before = 2 * width, measured
-        measured = inside(width)
+        width, before, measured = 2 * width, measured, inside(2 * width)
     edges = math.lcm(*filter(None, jumps))
     rows = ReceptiveFieldTable()
     for (name, _), size, jump, whole, both in zip(layers(width), sizes, jumps, measured, both_sides(width, edges)):
@@ -127,12 +122,11 @@ def _described(layer):
     """Channels and kernel of a convolution, and what is special in it."""
     if not isinstance(layer, CONVOLUTIONS):
         return type(layer).__name__
-    depthwise = "depthwise" if layer.groups == layer.in_channels else f"{layer.groups} groups"
-    special = {"strided": layer.stride[0] > 1, "dilated": layer.dilation[0] > 1, depthwise: layer.groups > 1}
-    kernel = "x".join(map(str, layer.kernel_size))
-    return ", ".join(
-        [f"{layer.in_channels} -> {layer.out_channels}, {kernel}", *(word for word in special if special[word])]
-    )
+    words = [f"{layer.in_channels} -> {layer.out_channels}", "x".join(map(str, layer.kernel_size))]
+    words += ["strided"] * (layer.stride[0] > 1) + ["dilated"] * (layer.dilation[0] > 1)
+    if layer.groups > 1:
+        words.append("depthwise" if layer.groups == layer.in_channels else f"{layer.groups} groups")
+    return ", ".join(words)
 
 
 def _channels(model):
@@ -159,26 +153,19 @@ def _nans(model, images, one_size):
 def post_receptive_field(model, rows, images=None, path=None):
     """What an output sees: the theoretical receptive field layer by layer, and below it the effective one.
 
-    Args:
-        model: the network.
-        rows: what `receptive_field(model)` returned.
-        images: batch (N, channels, H, W) to average over; by default noise of a size that holds the whole theoretical
-            field. The effective field is the mean absolute gradient of the centre output of the last layer before
-            global pooling with respect to the input (Luo et al., NeurIPS 2016).
-        path: file to save the figure to.
-
-    Returns:
-        The figure.
+    The effective field is the mean absolute gradient of the centre output of the last layer before global pooling with
+    respect to the input (Luo et al., NeurIPS 2016), over a batch of images (N, channels, H, W), by default noise of a
+    size that holds the whole theoretical field. `rows` is what `receptive_field(model)` returned.
     """
     model = copy.deepcopy(unwrap(model)).cpu().float().eval()
     rows = [row for row in rows if row.receptive_field is not None]
-    last, modules = rows[-1], dict(model.named_modules())
+    last = rows[-1]
     if images is None:
         side = last.receptive_field + 2 * last.jump + 1
         images = torch.randn(8, _channels(model), side, side, generator=torch.Generator().manual_seed(0))
     images = images.detach().cpu().contiguous().requires_grad_()
     outputs = []
-    modules[last.name].register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    model.get_submodule(last.name).register_forward_hook(lambda module, inputs, output: outputs.append(output))
     with torch.enable_grad():
         with contextlib.suppress(RuntimeError):  # of a head that takes images of one size only
             model(images)

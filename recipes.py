@@ -15,6 +15,7 @@ from output import load_weights
 from pretrained import provenance
 from runs import printed
 
+MUON = {"name": "MuonSGD", "lr": 0.3, "kernel_lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4, "decay": "weights"}
 # The S9 network trained better; RESULTS.md says how it was chosen.
 TUNED = {
     "model": "Model",
@@ -22,26 +23,20 @@ TUNED = {
     "batch_size": 256,
     "dropout": 0.0,
     "transforms": {"flip": 0.5, "shift_scale_rotate": 0.5, "cutout": 0.0, "crop_padding": 4},
-    # Muon for the kernels of convolutions, at its own learning rate.
-    "optimizer": {
-        "name": "MuonSGD",
-        "lr": 0.3,
-        "kernel_lr": 0.02,
-        "momentum": 0.9,
-        "weight_decay": 5e-4,
-        "decay": "weights",
-    },
+    "optimizer": MUON,
     # Linearly up to lr in the first fifth of the batches, and linearly down to nothing.
     "scheduler": {"name": "OneCycleLR", "pct_start": 0.2, "anneal_strategy": "linear", "cycle_momentum": False},
     # cross_entropy applies log_softmax to the log-probabilities once more, which changes nothing.
     "loss": {"name": "cross_entropy", "label_smoothing": 0.1},
 }
-RESNET = TUNED | {
-    "model": "SeparableResNet",
-    "epochs": 8,
-    "batch_size": 128,
-    "transforms": {"flip": 0.5, "shift_scale_rotate": 0.1, "cutout": 0.1, "crop_padding": 4},
-}
+
+
+def resnet(epochs, shift_scale_rotate, cutout):
+    """The second network; the longer it trains, the more augmentation it takes."""
+    transforms = {"flip": 0.5, "shift_scale_rotate": shift_scale_rotate, "cutout": cutout, "crop_padding": 4}
+    return TUNED | {"model": "SeparableResNet", "epochs": epochs, "batch_size": 128, "transforms": transforms}
+
+
 RECIPES = {
     # The original course run.
     "s9": {
@@ -57,26 +52,19 @@ RECIPES = {
     "tuned": TUNED,
     # Not tried with shift_scale_rotate at this length.
     "short": TUNED | {"epochs": 16, "transforms": TUNED["transforms"] | {"shift_scale_rotate": 0.0}},
-    # The second network; the longer it trains, the more augmentation it takes.
-    "resnet": RESNET | {"epochs": 48, "transforms": RESNET["transforms"] | {"shift_scale_rotate": 0.3, "cutout": 0.3}},
-    "resnet-quick": RESNET,
-    "resnet-long": RESNET
-    | {"epochs": 200, "transforms": RESNET["transforms"] | {"shift_scale_rotate": 0.5, "cutout": 0.5}},
+    "resnet": resnet(48, 0.3, 0.3),
+    "resnet-quick": resnet(8, 0.1, 0.1),
+    "resnet-long": resnet(200, 0.5, 0.5),
     # Few images, of classes that the weights do not know: the trained network with a new classifier.
-    "finetune": RESNET
-    | {
-        "weights": "resnet-long",
-        "epochs": 20,
-        "batch_size": 16,
-        "optimizer": TUNED["optimizer"] | {"lr": 0.03, "kernel_lr": 0.002},
-    },
+    "finetune": resnet(20, 0.1, 0.1)
+    | {"weights": "resnet-long", "batch_size": 16, "optimizer": MUON | {"lr": 0.03, "kernel_lr": 0.002}},
     # Of the handwritten digits: few batches an epoch, and no mirrored digits.
     "demo": TUNED
     | {
         "epochs": 8,
         "batch_size": 32,
         "transforms": {"flip": 0.0, "shift_scale_rotate": 0.1, "cutout": 0.1, "crop_padding": 0},
-        "optimizer": TUNED["optimizer"] | {"lr": 0.1},
+        "optimizer": MUON | {"lr": 0.1},
         "loss": {"name": "nll_loss"},
     },
 }
@@ -116,9 +104,8 @@ def load_network(weights):
     state = load_weights(path)
     try:
         run = json.loads((path.parent / "run.json").read_text())
-        trained = run["hyperparameters"]
-        classes = trained["classes"].split("/")
-        model = build_model(trained | {"weights": None}, len(classes))
+        classes = run["hyperparameters"]["classes"].split("/")
+        model = build_model(run["hyperparameters"] | {"weights": None}, len(classes))
         model.load_state_dict(state)
         # SyncBatchNorm, of a run on several GPUs, computes the same here; another torch may print layers otherwise.
         same = printed(model) == run["network"].replace("SyncBatchNorm", "BatchNorm2d")
@@ -134,21 +121,14 @@ def load_network(weights):
 
 
 def build_training(recipe, model, steps_per_epoch):
-    """(optimizer, scheduler, criterion) of a recipe for a model that is on its device.
-
-    The scheduler counts batches, `steps_per_epoch` per epoch: give it to `train`.
-    """
+    """(optimizer, scheduler, criterion) of a recipe for a model on its device; `train` takes the scheduler."""
     optimizer = get_optimizer(model, **recipe["optimizer"])
     length = {"epochs": recipe["epochs"], "steps_per_epoch": steps_per_epoch}
     return optimizer, get_scheduler(optimizer, **recipe["scheduler"], **length), get_loss(**recipe["loss"])
 
 
 def flatten_recipe(recipe):
-    """A recipe as {"optimizer lr": 0.2, ...}, in plain values.
-
-    Raises:
-        ValueError: a setting that no recipe has, such as a misspelt one.
-    """
+    """A recipe as {"optimizer lr": 0.2, ...}, in plain values; ValueError for a setting that no recipe has."""
     flat, known = {}, {setting for each in RECIPES.values() for setting in each}
     for setting, value in recipe.items():
         if setting not in known:
@@ -162,9 +142,5 @@ def flatten_recipe(recipe):
 def run_settings(recipe, loader, seed):
     """Recipe, images and seed in the form that `Run.resume` records."""
     data = loader.dataset
-    return flatten_recipe(recipe) | {
-        "dataset": data.name,
-        "images": len(data),
-        "classes": "/".join(data.classes),  # which no name of a folder can hold
-        "seed": seed,
-    }
+    classes = "/".join(data.classes)  # which no name of a folder can hold
+    return flatten_recipe(recipe) | {"dataset": data.name, "images": len(data), "classes": classes, "seed": seed}

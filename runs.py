@@ -1,10 +1,10 @@
 """Run folders: what a training run leaves on disk, and how it resumes after an interruption.
 
 `runs/<name>/checkpoint.pt` is the one source of truth, replaced atomically after every epoch; `history.csv`,
-`run.json`, `last.pt` and `best.pt` are written from it. Of the processes of a `torchrun`, the first
-writes.
+`run.json`, `last.pt` and `best.pt` are written from it. Of the processes of a `torchrun`, the first writes.
 """
 
+import contextlib
 import copy
 import errno
 import io
@@ -16,7 +16,6 @@ import random
 import re
 import sys
 import time
-from collections import Counter
 from datetime import UTC, datetime
 from importlib.metadata import version
 
@@ -49,15 +48,10 @@ class Stopped(KeyboardInterrupt):
 
 
 class Run:
-    """The folder `<root>/<name>/` of one training run, held by one process at a time.
+    """The folder `<root>/<name>/` of one training run, held by one process at a time, else RuntimeError.
 
     As a context manager it prints, when the run ends or is interrupted, one line that says how far it is. `data` is a
     line on the images, for `run.json`.
-
-    Raises:
-        ValueError: name is not a plain folder name.
-        RuntimeError: another process trains under the same name.
-        OSError: the folder cannot be made.
 
     Example:
         >>> run, settings = Run("s9"), {"lr": 0.2, "epochs": 80}
@@ -69,12 +63,11 @@ class Run:
     """
 
     def __init__(self, name, data="", root="runs"):
-        if not name.strip(".") or pathlib.Path(name).name != name:
-            raise ValueError(f"run name {name!r} must be a plain folder name, without separators")
         self.name, self.data, self._shown = name, data, str(pathlib.Path(root) / name)
         self.folder = pathlib.Path(root).absolute() / name  # a later chdir must not lose an epoch
         self.history, self.hyperparameters = None, {}  # a dict per epoch: epoch, lr, COLUMNS, seconds; resume sets it
-        self.displays, self._model, self._first = set(), None, None  # what is shown of the run already
+        self.displays = set()  # what is shown of the run already
+        self._parts, self._identity, self._lr, self._epoch_start = {}, {}, None, 0
         if rank():
             return
         try:
@@ -120,42 +113,45 @@ class Run:
         self._find(hyperparameters, model, optimizer, scheduler)
 
     def _find(self, hyperparameters, model, optimizer, scheduler):
-        """The checkpoint to resume from, or None."""
-        path = self / "checkpoint.pt"
-        found = [load_weights(path)] if rank() == 0 and path.exists() else []
-        if not (found := gather(found)[0]):
-            return None
+        """(identity of this run, the checkpoint to resume from or None)."""
+        identity, path = self._identity_of(hyperparameters, model, optimizer, scheduler), self / "checkpoint.pt"
+        found = gather([load_weights(path)] if rank() == 0 and path.exists() else [])[0]
+        if not found:
+            return identity, None
         [found] = found
-        try:
-            differences = _differences(found, self._identity_of(hyperparameters, model, optimizer, scheduler))
-            epochs_done = len([row["epoch"] for row in found["history"]])  # fails if it is no list of epochs
-        except Exception:  # a file may hold anything
-            raise ValueError(NO_CHECKPOINT.format(path, "it is no checkpoint of a run")) from None
-        if differences and epochs_done:
+        with _fitting(path):
+            of_this_torch = found["made_by"]["versions"]["torch"] == version("torch")  # another prints otherwise
+            then, now = (_flat(each, of_this_torch) for each in (found["identity"], identity))
+            names = [name for name in {**then, **now} if then.get(name) != now.get(name) and name != "epochs"]
+            differences = [f"{name} {then.get(name)!r} → {now.get(name)!r}" for name in sorted(names)]
+            [float(row[column]) for row in found["history"] for column in COLUMNS] + [float(found["best"]["test_acc"])]
+        if differences:
             more = f", and {len(differences) - 5} more" if len(differences) > 5 else ""
             raise ValueError(
                 f"the checkpoint in {self.folder} is of another run: {'; '.join(differences[:5])}{more}. To start "
                 f"afresh, choose another RUN_NAME or delete {self.folder}; to resume, put the old values back"
             )
-        return None if differences else found
+        return identity, found
 
     def _identity_of(self, hyperparameters, model, optimizer, scheduler):
-        """What a run resumes only with: its settings, the kinds of what has a state, the network and the schedule."""
-        again = unwrap(model) is self._model  # which may print what it has learned since
-        fresh = scheduler is not None and getattr(scheduler, "last_epoch", 0) == 0
+        """What a run resumes only with: its settings, the network as it prints, the kinds and lengths of the rest."""
+        # A layer may print what it has learned since, and a scheduler has been stepped.
+        before = self._identity if unwrap(model) is self._parts.get("model") else {}
+        kinds = {"the optimizer": type(optimizer).__name__, "the scheduler": type(scheduler).__name__}
+        schedule = before.get("schedule", {})
+        if scheduler is not None and getattr(scheduler, "last_epoch", 0) == 0:
+            schedule = {f"the scheduler's {key}": printed(v) for key, v in _plain(scheduler.state_dict()).items()}
         return {
             "hyperparameters": _plain(dict(hyperparameters)),
-            "kinds": {
-                "optimizer": type(optimizer).__name__,
-                "scheduler": type(scheduler).__name__,
-                "processes": world_size(),
-            },
-            "network": self._identity["network"] if again else printed(unwrap(model)),
-            "schedule": printed(_lengths(scheduler.state_dict())) if fresh else "",
+            "kinds": kinds | {"the number of processes": world_size()},
+            "network": before.get("network") or printed(unwrap(model)),
+            "schedule": schedule,
         }
 
     def resume(self, hyperparameters, model, optimizer, scheduler=None):
         """Bring all three, and the random generators, to where the last complete epoch left them, if there was one.
+
+        Called again with a model that was stopped in its first epoch, it brings back its first state.
 
         Args:
             hyperparameters: what defines the run, {name: number, string, bool or None}. A run resumes only with the
@@ -167,44 +163,37 @@ class Run:
             (train_losses, train_acc, test_losses, test_acc), lists with an entry per epoch done, to append to.
 
         Raises:
-            ValueError: the checkpoint is damaged, or of another network, optimizer or scheduler, or of other
-                hyperparameters; nothing is changed.
+            ValueError: the checkpoint is damaged, or of another run; nothing is changed.
             TypeError: hyperparameters, or the state of a scheduler, that no checkpoint can hold.
         """
         self.history = None  # so that save refuses, should this turn out to be another run
-        checkpoint = self._find(hyperparameters, model, optimizer, scheduler)
-        half_trained = unwrap(model) is self._model  # stopped in epoch 1
-        self._identity = self._identity_of(hyperparameters, model, optimizer, scheduler)
-        self.hyperparameters = dict(hyperparameters)
-        self._model, self._optimizer, self._scheduler = unwrap(model), optimizer, scheduler
-        self._best = None
-        if checkpoint and (checkpoint["history"] or half_trained):
-            before = self._checkpoint() | {"history": []}
-            try:
-                self._restore(checkpoint)
-            except Exception as error:  # whatever the file holds instead
-                self._restore(before)
-                self.history = None
-                raise ValueError(NO_CHECKPOINT.format(self / "checkpoint.pt", error)) from None
+        identity, checkpoint = self._find(hyperparameters, model, optimizer, scheduler)
+        again = unwrap(model) is self._parts.get("model")
+        parts = {"model": unwrap(model), "optimizer": optimizer, "scheduler": scheduler}
+        self._identity, self._parts, self.hyperparameters = identity, parts, dict(hyperparameters)
+        now = [(part, copy.deepcopy(part.state_dict())) for part in parts.values() if part is not None], _random_state()
+        if not again:
+            self._start = now
+        if checkpoint:
+            with _fitting(self / "checkpoint.pt", otherwise=lambda: _restore(*now)):
+                states = [(part, checkpoint[name]) for name, part in parts.items() if part is not None]
+                _restore(states, checkpoint["random"][rank()])
+            self.history, self._best = checkpoint["history"], checkpoint["best"]
             print(f"{self}: resumed after epoch {len(self.history)} of {hyperparameters.get('epochs', '?')}")
             self._export(checkpoint)
         else:
-            if half_trained and self._first:  # and then the settings were changed
-                self._model.load_state_dict(self._first["model"])
-                _set_random_state(self._first["random"][rank()])
-            self._first = self._checkpoint() | {"history": []}
-            data = serialized(self._first)
-            try:
-                torch.load(io.BytesIO(data), weights_only=True)  # read it back now, and not at the first resume
+            if again:
+                _restore(*self._start)
+            try:  # read it back now, and not at the first resume
+                torch.load(io.BytesIO(serialized(self._checkpoint([], None))), weights_only=True)
                 json.dumps(self.hyperparameters)
             except Exception:
                 raise TypeError(
                     f"{self} could not be resumed, as its hyperparameters or the state_dict of its model, optimizer or "
                     "scheduler hold more than tensors, numbers, strings, lists and dicts of Python"
                 ) from None
+            self.history, self._best = [], None
             print(f"{self}: a new run")
-            self.history = []
-            self._write("checkpoint.pt", data)
         self._start_epoch()
         return tuple([row[column] for row in self.history] for column in COLUMNS)
 
@@ -213,7 +202,6 @@ class Run:
 
         Raises:
             ValueError: the lists are not one epoch longer than at the last save, or end in what is no finite number.
-            RuntimeError: before `resume`.
             OSError: it could not be written; the last checkpoint is intact.
         """
         if self.history is None:
@@ -224,42 +212,39 @@ class Run:
         row["seconds"] = round(time.monotonic() - self._epoch_start, 2)
         if not all(math.isfinite(row.get(column, math.nan)) for column in COLUMNS):
             raise ValueError(
-                f"{done} epochs are saved, and the lists have {[len(values) for values in lists]} entries and end in "
-                f"{[values[-1:] for values in lists]}; save takes each list of resume with one finite number appended"
+                f"the lists have {[len(values) for values in lists]} entries and end in "
+                f"{[values[-1:] for values in lists]}; save takes the lists that resume returned, each with one finite "
+                "number appended since the last save"
             )
-        before = self.history, self._best
-        self.history = [*self.history, row]
-        if self._best is None or row["test_acc"] > self._best["test_acc"]:
-            self._best = {"epoch": done + 1, "test_acc": row["test_acc"], "weights": self._weights()}
-        try:
-            checkpoint = self._checkpoint()
-            self._write("checkpoint.pt", serialized(checkpoint))
-            self._export(checkpoint)
-        except BaseException:
-            self.history, self._best = before
-            raise
+        best = self._best
+        if best is None or row["test_acc"] > best["test_acc"]:
+            best = {"epoch": done + 1, "test_acc": row["test_acc"], "weights": self._weights()}
+        checkpoint = self._checkpoint([*self.history, row], best)
+        self._write("checkpoint.pt", serialized(checkpoint))
+        self._export(checkpoint)
+        self.history, self._best = checkpoint["history"], best
         self._start_epoch()
 
     def _start_epoch(self):
-        self._lr = float(self._optimizer.param_groups[0]["lr"])  # a scheduler will have changed it at the next save
+        self._lr = float(self._parts["optimizer"].param_groups[0]["lr"])  # a scheduler will have changed it by then
         self._epoch_start = time.monotonic()
 
     def _weights(self):
-        state = self._model.state_dict()  # which may have more than tensors, by get_extra_state
+        state = self._parts["model"].state_dict()  # which may have more than tensors, by get_extra_state
         return {name: copy.deepcopy(v.detach().cpu() if torch.is_tensor(v) else v) for name, v in state.items()}
 
-    def _checkpoint(self):
+    def _checkpoint(self, history, best):
         """Everything that a run resumes from."""
-        device = next(self._model.parameters()).device
+        device = next(self._parts["model"].parameters()).device
         packages = ("torch", "torchvision", "albumentations", "numpy")
+        states = {name: _plain(part.state_dict()) for name, part in self._parts.items() if part is not None}
         return {
-            **self._identity,
+            "identity": self._identity,
+            **states,
             "model": self._weights(),
-            "optimizer": _plain(self._optimizer.state_dict()),
-            "scheduler": _plain(self._scheduler.state_dict()) if self._scheduler else None,
             "random": gather(_random_state()),
-            "history": self.history,
-            "best": self._best,
+            "history": history,
+            "best": best,
             # The last epoch, which need not be of the machine that resumes the run.
             "made_by": {
                 "saved": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -270,16 +255,6 @@ class Run:
                 "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
             },
         }
-
-    def _restore(self, checkpoint):
-        self._model.load_state_dict(checkpoint["model"])
-        self._optimizer.load_state_dict(checkpoint["optimizer"])
-        if self._scheduler is not None:
-            self._scheduler.load_state_dict(checkpoint["scheduler"])
-        self.history, self._best = checkpoint["history"], checkpoint["best"]
-        if self.history:  # which fails if they are no numbers
-            float(sum(row[column] for row in self.history for column in COLUMNS) + self._best["test_acc"])
-        _set_random_state(checkpoint["random"][rank()])
 
     def _write(self, name, data):
         if rank():
@@ -293,12 +268,10 @@ class Run:
     def _export(self, checkpoint):
         """The files that people read, from the checkpoint."""
         history, best = checkpoint["history"], checkpoint["best"]
-        if not history:
-            return
         summary = {
             "name": self.name,
             "hyperparameters": self.hyperparameters,
-            "network": checkpoint["network"],
+            "network": self._identity["network"],
             "epochs_done": len(history),
             "last_test_accuracy_percent": history[-1]["test_acc"],
             "best_test_accuracy_percent": best["test_acc"],
@@ -313,10 +286,17 @@ class Run:
         self._write("best.pt", serialized(best["weights"]))
 
 
-NO_CHECKPOINT = (
-    "{} does not fit ({}); nothing was changed. Put back a good copy, or model and optimizer as they were; to start "
-    "afresh, delete it or choose another RUN_NAME"
-)
+@contextlib.contextmanager
+def _fitting(path, otherwise=lambda: None):
+    """What a checkpoint holds fits; else there is a ValueError, and `otherwise` is called first."""
+    try:
+        yield
+    except Exception as error:  # a file may hold anything
+        otherwise()
+        raise ValueError(
+            f"{path} does not fit ({type(error).__name__}: {error}); nothing was changed. Put back a good copy, or "
+            "model and optimizer as they were; to start afresh, delete it or choose another RUN_NAME"
+        ) from None
 
 
 def printed(thing):
@@ -324,29 +304,10 @@ def printed(thing):
     return re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(thing))
 
 
-def _lengths(state):
-    """What a scheduler that was not stepped yet counts up to: the whole numbers in its state and its parts' states."""
-    own = {key: value for key, value in state.items() if isinstance(value, (int, Counter)) and not key.startswith("_")}
-    return {
-        **own,
-        "milestones of parts": state.get("_milestones"),
-        "parts": [*map(_lengths, state.get("_schedulers", ()))],
-    }
-
-
-def _differences(then, now):
-    """What is not as in the checkpoint, in a few words each."""
-    pairs = [(name, then["hyperparameters"].get(name), value) for name, value in now["hyperparameters"].items()]
-    pairs += [
-        (name, value, None) for name, value in then["hyperparameters"].items() if name not in now["hyperparameters"]
-    ]
-    pairs += [(f"the {name}", then["kinds"].get(name), value) for name, value in now["kinds"].items()]
-    differences = [f"{name} {old!r} → {new!r}" for name, old, new in pairs if old != new and name != "epochs"]
-    if then["made_by"]["versions"]["torch"] == version("torch"):  # another one prints and counts otherwise
-        for what in ("network", "schedule"):
-            lines = zip(then[what].splitlines(), now[what].splitlines())
-            differences += [f"{old.strip()} → {new.strip()}" for old, new in lines if old != new]
-    return sorted(differences)
+def _flat(identity, whole):
+    """An identity in one {name: value}; if whole, with the schedule, and the network line by line."""
+    lines = {f"line {number} of the network": line for number, line in enumerate(identity["network"].splitlines())}
+    return identity["hyperparameters"] | identity["kinds"] | (identity["schedule"] | lines if whole else {})
 
 
 def _plain(value):
@@ -370,11 +331,14 @@ def _random_state():
     }
 
 
-def _set_random_state(state):
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    if state["mps"] is not None and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(state["mps"])
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
+def _restore(states, random_state):
+    """Bring parts, [(part, its state_dict)], and the random generators to where they were."""
+    for part, state in states:
+        part.load_state_dict(state)
+    torch.set_rng_state(random_state["torch"])
+    if len(random_state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(random_state["cuda"])
+    if random_state["mps"] is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(random_state["mps"])
+    np.random.set_state(random_state["numpy"])
+    random.setstate(random_state["python"])

@@ -18,12 +18,12 @@ from torch.utils.data.distributed import DistributedSampler
 
 from augment import ImageBatches, as_batch, data_of, get_test_transforms, get_train_transforms, normalisation
 from devices import autocast_dtype, best_device, keep_freed_memory, memory_format
-from epoch import MisclassifiedSamples, Tally, as_probabilities, check_first_batch, check_optimizer
+from epoch import MisclassifiedSamples, Tally, as_probabilities, check_first_batch, check_optimizer, class_indices
 from image_sets import CIFAR10_MEAN, CIFAR10_STD, load_images, split_validation
 from layers import faster_layers
 from optimization import get_loss, get_optimizer, get_scheduler
 from output import in_notebook, load_weights, save_figure, scrolled
-from parallel import average_gradients, begin_epoch, rank, unwrap, world_size
+from parallel import average_gradients, begin_epoch, gather, rank, unwrap, world_size
 from predict import class_names, post_predictions, predict
 from receptive_field import post_receptive_field
 from recipes import build_model, build_training, get_recipe, run_settings
@@ -49,21 +49,12 @@ def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", ro
         kwargs: `DataLoader` keyword arguments, such as batch_size, shuffle, num_workers, pin_memory. By default there
             are workers only where a GPU would otherwise wait for data. More workers than cores are not started, and
             they are started anew for every epoch, so that a change of `loader.dataset` reaches them.
-        dataset: "cifar10", or "digits" for scikit-learn's handwritten digits, which need no download.
-        root: where `image_sets.load_images` looks; by default the environment variable CIFAR10_ROOT, else ./data.
+        dataset, root: where the images come from, see `image_sets.load_images`, whose errors this raises too.
         transforms: an `albumentations.Compose` in place of `get_train_transforms()` or `get_test_transforms()`.
 
     Returns:
         (class_to_idx, loader): {class name: label}, and a loader of (images float32 (N, 3, 32, 32) normalised, labels
         int64 (N,)). In each process of a `torchrun` it gives that process's share.
-
-    Raises:
-        ValueError, TypeError: an unknown split, data set or keyword; images that cannot be used.
-        download.DownloadError: no images at hand, and no source of the archive works.
-
-    Example:
-        >>> class_to_idx, train_loader = get_CIFARdataset_with_loader("train", {"batch_size": 256})
-        >>> images, labels = next(iter(train_loader))
     """
     options = dict(kwargs or {})
     if transforms is None:
@@ -73,8 +64,8 @@ def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", ro
     cuda = torch.cuda.is_available()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # A process makes 90,000 images a second: two are enough for a GPU, and starting them takes seconds unless forked.
-    starts = torch.multiprocessing.get_start_method(allow_none=True) or torch.multiprocessing.get_all_start_methods()[0]
-    options["num_workers"] = min(options.get("num_workers", 2 if cuda and starts == "fork" else 0), cores)
+    forked = torch.multiprocessing.get_context().get_start_method() == "fork"
+    options["num_workers"] = min(options.get("num_workers", 2 if cuda and forked else 0), cores)
     options["pin_memory"] = bool(options.get("pin_memory", cuda)) and cuda  # without a GPU it only warns
     options.pop("persistent_workers", None)
     options.setdefault("worker_init_fn", _leave_interrupts)
@@ -97,12 +88,7 @@ def _leave_interrupts(worker):
 
 
 def GetCorrectPredCount(pPrediction, pLabels):
-    """Number of correct predictions, an int.
-
-    Args:
-        pPrediction: class indices (N,) or (N, 1), or scores (N, classes), of which the largest counts.
-        pLabels: class indices (N,).
-    """
+    """How many predictions, class indices (N,) or (N, 1) or scores (N, classes), are right."""
     scores = pPrediction.ndim == 2 and pPrediction.shape[1] > 1
     indices = pPrediction.argmax(dim=1) if scores else pPrediction
     return indices.view_as(pLabels).eq(pLabels).sum().item()  # torch would stretch another shape to fit
@@ -111,20 +97,18 @@ def GetCorrectPredCount(pPrediction, pLabels):
 @contextlib.contextmanager
 def _made_fast(model, device):
     """Let device and layers compute in their fastest way; gives (images, labels) -> (float32 scores, labels there)."""
+    cuda, cudnn = device.type == "cuda", torch.backends.cudnn
+    dtype, layout, benchmark = autocast_dtype(device), memory_format(unwrap(model), device), cudnn.benchmark
     if device.type == "cpu":
         keep_freed_memory()
-    cudnn, dtype, layout = torch.backends.cudnn, autocast_dtype(device), memory_format(unwrap(model), device)
-    benchmark, deterministic = cudnn.benchmark, cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
-    # Nearly all batches have one shape, so that finding its fastest kernels pays.
-    cudnn.benchmark = benchmark or (device.type == "cuda" and not deterministic)
-    # Safe on CUDA alone: elsewhere memory may be freed while it is still being copied (pytorch issue 189690).
-    non_blocking = device.type == "cuda"
+    if cuda and not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled()):
+        cudnn.benchmark = True  # nearly all batches have one shape, so that finding its fastest kernels pays
 
     def forward(images, labels):
-        images, labels = (part.to(device, non_blocking=non_blocking) for part in (images, labels))
+        # Safe on CUDA alone: elsewhere memory may be freed while it is still being copied (pytorch issue 189690).
+        images, labels = (part.to(device, non_blocking=cuda) for part in (images, labels))
         images = images.to(memory_format=layout) if images.ndim == 4 else images
-        half = dtype if dtype != torch.float32 else None
-        with torch.autocast(device.type, dtype=half, enabled=half is not None):
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             scores = model(images)
         return scores.float(), labels
 
@@ -185,17 +169,14 @@ def train(
 def test(model, device, test_loader, criterion, test_losses=None, test_acc=None, verbose=True):
     """Evaluate without gradients and append the mean loss per sample and the accuracy in % to the two lists.
 
-    Arguments and errors are those of `train`.
-
-    Returns:
-        The misclassified samples, a list of (image, true, predicted), in the loader's order, one process after the
-        other.
+    Arguments and errors are those of `train`. Returns the misclassified samples, a list of (image, true, predicted),
+    in the loader's order, one process after the other.
     """
     device = torch.device(device)
     begin_epoch(model, test_loader)
     if world_size() > 1:
         model = unwrap(model)  # each process by itself, as their numbers of batches may differ
-    misclassified = MisclassifiedSamples(getattr(data_of(test_loader), "transforms", None))
+    misclassified = MisclassifiedSamples(transforms=getattr(data_of(test_loader), "transforms", None))
     unread, tally = [], Tally("test", test_loader)
     model.eval()
     with _made_fast(model, device) as forward, tally.bar:
@@ -204,14 +185,15 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None,
             if not tally.losses:
                 check_first_batch(model, criterion, scores, labels)
             predictions = scores.argmax(dim=1)
+            tally.add(criterion(scores, labels), predictions, labels)
             unread.append((images, labels, predictions))
-            waited = tally.add(criterion(scores, labels), predictions, labels)
-            # On a CPU at once, as a loader may fill the memory of its batch again; on a GPU before they are too many.
-            if waited or device.type == "cpu" or len(unread) == 16:
+            # On a CPU at once, as a loader may fill the memory of its batch again; on a GPU reading waits for it.
+            if device.type == "cpu" or len(unread) == 16:
                 misclassified.read(unread)
-    tally.read(test_losses, test_acc, verbose)
     misclassified.read(unread)
-    return misclassified.of_all_processes()
+    tally.read(test_losses, test_acc, verbose)
+    everybodys = (sample for samples in gather([*misclassified]) for sample in samples)
+    return MisclassifiedSamples(everybodys, misclassified.transforms)
 
 
 test.__test__ = False  # not one of pytest's, in a test file with `from utils import *`
@@ -222,10 +204,9 @@ test.__test__ = False  # not one of pytest's, in a test file with `from utils im
 
 
 def get_image_from_tensor(img, transforms=None):
-    """A normalised image, float (3, H, W) on any device, as a uint8 array (H, W, 3); the input is left as it is.
+    """A normalised image, float (3, H, W) on any device, as a uint8 array (H, W, 3).
 
-    Args:
-        transforms: the pipeline that normalised it, by default `get_test_transforms()`.
+    transforms is the pipeline that normalised it, by default `get_test_transforms()`.
     """
     mean, std = normalisation(transforms or get_test_transforms())
     pixels = img.detach().cpu().float().numpy().transpose(1, 2, 0) * std + mean
@@ -237,15 +218,12 @@ def _plain(text):
     return text.replace("$", r"\$")
 
 
-def _names(label_map, labels=()):
-    """Class names in the order of their labels, as the plots write them; label_map must name each of the labels."""
-    classes = [_plain(name) for name in class_names(label_map)]
-    if any(label >= len(classes) for label in labels):
-        raise ValueError(f"label_map names {len(classes)} classes and there are labels up to {int(max(labels))}")
-    return classes
+def _names(label_map):
+    """Class names in the order of their labels, as the plots write them."""
+    return [_plain(name) for name in class_names(label_map)]
 
 
-def _image_grid(images, titles, heading, rows, columns):
+def _image_grid(images, titles, heading, rows, columns, path):
     figure, axes = plt.subplots(rows, columns, figsize=(1.7 * columns, 2.1 * rows + 0.5), layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
@@ -253,16 +231,16 @@ def _image_grid(images, titles, heading, rows, columns):
         axis.imshow(image)
         axis.set_title(title, fontsize=10)
     figure.suptitle(_plain(heading))
-    return figure
+    return save_figure(figure, path)
 
 
 def post_display(train_loader, label_map=None, path=None):
     """16 training samples, as the network sees them, with their labels; the classes are by default the data set's."""
     data, (images, labels) = data_of(train_loader), next(iter(train_loader))
-    classes = _names(data.classes if label_map is None else label_map, labels[:16])
+    classes = _names(data.classes if label_map is None else label_map)
     pictures = [get_image_from_tensor(image, getattr(data, "transforms", None)) for image in images[:16]]
     heading = f"Training samples, augmented: {getattr(data, 'name', '')}"
-    return save_figure(_image_grid(pictures, [classes[label] for label in labels[:16]], heading, 4, 4), path)
+    return _image_grid(pictures, [classes[label] for label in labels[:16]], heading, 4, 4, path)
 
 
 def post_augmentations(train_loader, index=0, path=None):
@@ -272,17 +250,14 @@ def post_augmentations(train_loader, index=0, path=None):
     same = sum(np.array_equal(draw, data.images[index]) for draw in draws)
     titles = ["as it is", *(f"draw {number}" for number in range(1, 16))]
     heading = f"{data.name}: one image of class {data.classes[data.labels[index]]}; {same} of 15 draws change nothing"
-    return save_figure(_image_grid([data.images[index], *draws], titles, heading, 4, 4), path)
-
-
-COLOURS = {"training": "tab:blue", "test": "tab:orange"}
+    return _image_grid([data.images[index], *draws], titles, heading, 4, 4, path)
 
 
 def _curves(axis, what, curves):
-    """{"training" or "test": its values, one an epoch} of "loss" or "accuracy"."""
+    """Draw {"training" or "test": its values, one an epoch}, of the "loss" or the "accuracy"."""
     for label, values in curves.items():
-        marker = "." if len(values) < 30 else None
-        axis.plot(range(1, len(values) + 1), values, color=COLOURS[label], marker=marker, label=label)
+        colour, marker = {"training": "tab:blue", "test": "tab:orange"}[label], "." if len(values) < 30 else None
+        axis.plot(range(1, len(values) + 1), values, color=colour, marker=marker, label=label)
     axis.set(xlabel="epoch", ylabel="loss per sample (nats)" if what == "loss" else "accuracy (%)")
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
@@ -291,11 +266,10 @@ def _curves(axis, what, curves):
 def post_accuracyplots(train_losses, test_losses, train_acc, test_acc, title="", path=None):
     """2x2 curves: training and test, loss (mean per sample) and accuracy (%); the other of the two is dotted."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", sharex=True, sharey="row")
-    for row, what, trained, tested in zip(
-        axes, ("loss", "accuracy"), (train_losses, train_acc), (test_losses, test_acc)
-    ):
+    values = {"loss": {"training": train_losses, "test": test_losses}}
+    values |= {"accuracy": {"training": train_acc, "test": test_acc}}
+    for row, (what, curves) in zip(axes, values.items()):
         for axis, own, other in zip(row, ("training", "test"), ("test", "training")):
-            curves = {"training": trained, "test": tested}
             _curves(axis, what, {own: curves[own], other: curves[other]})
             axis.lines[1].set_linestyle(":")
             axis.set_title(f"{own.capitalize()} {what}")
@@ -304,106 +278,92 @@ def post_accuracyplots(train_losses, test_losses, train_acc, test_acc, title="",
     return save_figure(figure, path)
 
 
+ROW = "{epoch:>3}/{epochs:<3}  {train_loss:10.4f}  {train_acc:6.2f}  {test_loss:9.4f}  {test_acc:6.2f}  {lr:6.2g}"
+HEAD = "  epoch  train loss  acc. %  test loss  acc. %      lr       s"
+
+
 def post_progress(run):
     """The epochs of a run so far: in a notebook a table and curves, which grow in place, else a line per epoch.
 
     The curves are in the run's folder as curves.png, in a notebook after every epoch, else at the end.
     """
-    if rank() or not run.history:
+    history, live = run.history, in_notebook()
+    if rank() or not history:
         return
-    epochs, live = run.hyperparameters.get("epochs", len(run.history)), in_notebook()
-    left = (epochs - len(run.history)) * np.mean([row["seconds"] for row in run.history[-5:]])
+    epochs = run.hyperparameters.get("epochs", len(history))
+    left = (epochs - len(history)) * np.mean([row["seconds"] for row in history[-5:]])
     left = f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left"
-    head = f"{'epoch':>7}  train loss  acc. %  test loss  acc. %      lr       s"
-    lines = [
-        f"{row['epoch']:>3}/{epochs:<3}  {row['train_loss']:10.4f}  {row['train_acc']:6.2f}  {row['test_loss']:9.4f}  "
-        f"{row['test_acc']:6.2f}  {row['lr']:6.2g}  {row['seconds']:6.1f}"
-        for row in run.history
-    ]
+    lines = [f"{ROW.format(epochs=epochs, **row)}  {row['seconds']:6.1f}" for row in history]
     if live or len(lines) >= epochs:  # to draw takes a second, too long for every epoch of a log
         figure, axes = plt.subplots(2, 1, figsize=(6.5, 7), layout="constrained", sharex=True)
         for axis, what, key in zip(axes, ("loss", "accuracy"), ("loss", "acc")):
-            splits = {"training": "train", "test": "test"}.items()
-            _curves(axis, what, {label: [row[f"{split}_{key}"] for row in run.history] for label, split in splits})
+            splits = {"training": f"train_{key}", "test": f"test_{key}"}
+            _curves(axis, what, {label: [row[column] for row in history] for label, column in splits.items()})
             axis.legend()
         figure.suptitle(_plain(f"{run}, epoch {len(lines)} of {epochs}"))
         save_figure(figure, run / "curves.png")
         plt.close(figure)  # or a notebook would show it once more at the end of the cell
     if not live:
-        print(*([] if run.displays else [head]), f"{lines[-1]}   {left}", sep="\n", flush=True)
+        print(*([] if run.displays else [HEAD]), f"{lines[-1]}   {left}", sep="\n", flush=True)
         run.displays.add("head")
         return
     from IPython.display import display
 
-    step = -(-epochs // 16)  # so that nobody has to scroll
-    shown = [line for number, line in enumerate(lines, start=1) if number in (1, len(lines)) or number % step == 0]
-    table = "\n".join([head, *shown, left if len(lines) < epochs else ""])
+    every = -(-epochs // 16)  # so that nobody has to scroll
+    shown = [line for number, line in enumerate(lines, start=1) if number in (1, len(lines)) or number % every == 0]
+    table = "\n".join([HEAD, *shown, left if len(lines) < epochs else ""])
     for part, content in (("table", {"text/plain": table, "text/html": scrolled(table)}), ("curves", figure)):
         handle = f"{part} of {id(run)}"
         display(content, raw=part == "table", display_id=handle, update=handle in run.displays)
         run.displays.add(handle)
 
 
+def _mistakes(samples, transforms, label_map, confidences, heading, rows, path):
+    """A grid of misclassified samples, five in a row, with both classes and the model's confidences, if given."""
+    classes = _names(label_map)
+    sure = [f" ({confidence:.1%})" for confidence in confidences] or [""] * len(samples)
+    titles = [f"{classes[wrong]}{how}\ntrue: {classes[true]}" for (_, true, wrong), how in zip(samples, sure)]
+    return _image_grid([get_image_from_tensor(s[0], transforms) for s in samples], titles, heading, rows, 5, path)
+
+
 @torch.no_grad()
-def _confidences(model, samples):
-    """The model's probability of the class that it predicted, for each of the misclassified samples."""
-    model = unwrap(model).eval()
-    parameter, confidences = next(model.parameters(), torch.empty(0)), []
-    for start in range(0, len(samples), 256):
-        images, _, predicted = zip(*samples[start : start + 256])
-        scores = model(torch.stack(images).to(parameter)).float()
-        confidences += [row[int(label)] for row, label in zip(as_probabilities(scores).tolist(), predicted)]
-    return confidences
-
-
 def post_misclassified(misclassified, label_map, model, title="", path=None):
     """20 of the samples that `test` returned as wrong, with true and predicted class and the model's confidence.
 
     The upper ten are those of the highest confidence, the lower ten are spread over the rest.
     """
-    classes = _names(label_map, [label for _, *both in misclassified for label in both])
-    confidences = _confidences(model, misclassified)
+    model, confidences = unwrap(model).eval(), []
+    parameter = next(model.parameters(), torch.empty(0))
+    for start in range(0, len(misclassified), 256):
+        images, _, predicted = zip(*misclassified[start : start + 256])
+        probabilities = as_probabilities(model(torch.stack(images).to(parameter)).float()).cpu()
+        confidences += probabilities[range(len(images)), [int(label) for label in predicted]].tolist()
     order = np.argsort(confidences)[::-1]
     surest, rest = order[:10], np.sort(order[10:])
     picked = [*surest, *rest[np.linspace(0, len(rest) - 1, min(10, len(rest)), dtype=int)]]
-    titles, pictures = [], []
-    for index in picked:
-        image, true, predicted = misclassified[index]
-        titles.append(f"{classes[predicted]} ({confidences[index]:.1%})\ntrue: {classes[true]}")
-        pictures.append(get_image_from_tensor(image, getattr(misclassified, "transforms", None)))
     count = f"{len(misclassified):,} mistakes"
     count += ", the ten surest and ten of the rest" if len(misclassified) > 20 else ""
-    heading = f"{title}: {count}" if title else count
-    return save_figure(_image_grid(pictures, titles, heading, max(1, -(-len(pictures) // 5)), 5), path)
+    heading, rows = f"{title}: {count}" if title else count, max(1, -(-len(picked) // 5))
+    samples, transforms = [misclassified[index] for index in picked], getattr(misclassified, "transforms", None)
+    return _mistakes(samples, transforms, label_map, [confidences[i] for i in picked], heading, rows, path)
 
 
 def showmisclassifiedsamples(misclassified, label_map, title="", path=None):
     """The first ten of the samples that `test` returned as wrong, with true and predicted class."""
-    shown = misclassified[:10]
-    classes = _names(label_map, [label for _, *both in shown for label in both])
-    titles = [f"{classes[predicted]}\ntrue: {classes[true]}" for _, true, predicted in shown]
-    pictures = [get_image_from_tensor(image, getattr(misclassified, "transforms", None)) for image, _, _ in shown]
-    return save_figure(_image_grid(pictures, titles, title, 2, 5), path)
+    return _mistakes(misclassified[:10], getattr(misclassified, "transforms", None), label_map, [], title, 2, path)
 
 
 def post_confusion_matrix(misclassified, test_loader, label_map, title="", path=None):
     """Counts of true class (row) against predicted class (column) in a test, with the accuracy of each class.
 
-    Args:
-        misclassified: what `test` returned; of another list of samples, the loader says how many there were in all.
-
-    Raises:
-        ValueError: a label_map that does not name all classes; a list of other samples than the loader gives.
+    misclassified is what `test` returned for this loader, which says how many samples of each class there are.
     """
-    tested = getattr(misclassified, "tested", None)
-    if tested is None or misclassified.found != len(misclassified):
-        tested = np.bincount(torch.cat([labels.cpu() for _, labels in test_loader]))
-    labels = [label for _, *both in misclassified for label in both]
-    classes = _names(label_map, [*labels, *np.flatnonzero(tested)])
+    tested = torch.cat(gather(torch.cat([class_indices(labels).cpu() for _, labels in test_loader])))
+    classes = _names(label_map)
+    totals = np.bincount(tested[tested >= 0], minlength=len(classes))
     wrong = np.zeros((len(classes), len(classes)), dtype=int)
     for _, true, predicted in misclassified:
         wrong[int(true), int(predicted)] += 1
-    totals = np.pad(tested, (0, len(classes) - len(tested)))
     if (wrong.sum(axis=1) > totals).any():
         raise ValueError("there are more misclassified samples than the loader gives; pass the loader that was tested")
     matrix = wrong + np.diag(totals - wrong.sum(axis=1))

@@ -1,13 +1,11 @@
 """How accurate: the recipes trained without a notebook at several seeds, and the tables and plot of RESULTS.md.
 
-    python benchmarks/accuracy.py                                           # all but resnet-long, three seeds each
-    python benchmarks/accuracy.py --recipes short --epochs 12               # on a schedule of 12 epochs
-    python benchmarks/accuracy.py --recipes s9 tuned --ship-weights         # and renew weights/ from the first seed
-    python benchmarks/accuracy.py --recipes short --plain                   # with the plain loop of reference.py
-    python benchmarks/accuracy.py --seeds                                   # only the tables of the runs so far
+    python benchmarks/accuracy.py                                     # all but resnet-long, three seeds each
+    python benchmarks/accuracy.py --recipes short --epochs 12         # on a schedule of 12 epochs
+    python benchmarks/accuracy.py --recipes s9 tuned --ship-weights   # and renew weights/ from the first seed
+    python benchmarks/accuracy.py --seeds                             # only the tables of the runs so far
 
-A run that has a JSON in benchmarks/results is not repeated; one that was interrupted resumes after its last epoch. A
-figure is that of the last epoch, not of the best. How the recipes were chosen: RESULTS.md.
+A run that has a JSON in benchmarks/results is not repeated, and one that was interrupted resumes.
 """
 
 import argparse
@@ -20,18 +18,17 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import matplotlib.pyplot as plt
 import reference
-import torch
 from speed import processor
 
 import utils
 from image_sets import load_images
 from output import save_figure, write_atomically
 from pretrained import scores_of
-from recipes import RECIPES, flatten_recipe
+from recipes import RECIPES, flatten_recipe, load_network
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-OF_A_RUN = ("images", "classes", "seed")  # what a run records beside the recipe and the name of the data set
+RUN_NAME = "{}-{}-epochs{}-seed{}"  # recipe, kind of device, epochs, seed
 
 
 def train_recipe(name, epochs, seed, device, plain=False):
@@ -40,30 +37,25 @@ def train_recipe(name, epochs, seed, device, plain=False):
     options, transforms = {"batch_size": recipe["batch_size"]}, utils.get_train_transforms(**recipe["transforms"])
     class_to_idx, train_loader = utils.get_CIFARdataset_with_loader("train", options, transforms=transforms)
     _, test_loader = utils.get_CIFARdataset_with_loader("test", options)
-    data = train_loader.dataset
-    settings = utils.run_settings(recipe, train_loader, seed)
+    data, settings = train_loader.dataset, utils.run_settings(recipe, train_loader, seed)
     if plain:
-        train_loader, test_loader = reference.get_loaders(
-            data, test_loader.dataset, device, **options, transforms=transforms
-        )
-    run = utils.Run(
-        run_name(name, epochs, seed, device.type), data.name, ROOT / "runs" / ("parity" if plain else "accuracy")
-    )
+        both = data, test_loader.dataset
+        train_loader, test_loader = reference.get_loaders(*both, device, **options, transforms=transforms)
+    folder = ROOT / "runs" / ("parity" if plain else "accuracy")
+    run = utils.Run(RUN_NAME.format(name, device.type, epochs, seed), data.name, folder)
     utils.seed_everything(seed)
     model = utils.build_model(recipe, len(class_to_idx)).to(device)
     optimizer, scheduler, criterion = utils.build_training(recipe, model, len(train_loader))
-    train_losses, train_acc, test_losses, test_acc = lists = run.resume(settings, model, optimizer, scheduler)
+    lists = run.resume(settings, model, optimizer, scheduler)
     with run:
-        for _ in range(len(train_losses), epochs):
+        for _ in range(len(lists[0]), epochs):
             if plain:
                 trained = reference.train(model, device, train_loader, optimizer, criterion, scheduler)
                 for values, value in zip(lists, (*trained, *reference.test(model, device, test_loader, criterion))):
                     values.append(value)
             else:
-                utils.train(
-                    model, device, train_loader, optimizer, criterion, train_losses, train_acc, scheduler, False
-                )
-                utils.test(model, device, test_loader, criterion, test_losses, test_acc, False)
+                utils.train(model, device, train_loader, optimizer, criterion, *lists[:2], scheduler, verbose=False)
+                utils.test(model, device, test_loader, criterion, *lists[2:], verbose=False)
             run.save(*lists)
             utils.post_progress(run)
     # The same images without augmentation: beside the test accuracy, it says how well the network generalises.
@@ -74,32 +66,26 @@ def train_recipe(name, epochs, seed, device, plain=False):
         "recipe": name,
         "epochs": epochs,
         "seed": seed,
-        "processor": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
+        "processor": processor(device),
         "device": device.type,
         "type": "torch.float32" if plain else str(utils.autocast_dtype(device)),
         "data": data.name,
         **{key: summary[key] for key in ("threads", "versions", "hyperparameters")},
-        "train_accuracy_percent": train_acc[-1],
+        "train_accuracy_percent": lists[1][-1],
         "unaugmented_train_accuracy_percent": plain_acc[0],
-        "test_accuracy_percent": test_acc[-1],
+        "test_accuracy_percent": lists[3][-1],
         "history": run.history,
     }
 
 
-def run_name(recipe, epochs, seed, device):
-    return f"{recipe}-{device}-epochs{epochs}-seed{seed}"
-
-
-def read_result(path, hyperparameters):
-    """The JSON of an earlier run, None if there is none; exits if that run was of other hyperparameters."""
-    if not path.exists():
-        return None
-    result = json.loads(path.read_text())
-    trained_with = {key: value for key, value in result["hyperparameters"].items() if key not in OF_A_RUN}
-    either = sorted(hyperparameters.keys() | trained_with.keys())
-    if changed := [key for key in either if trained_with.get(key) != hyperparameters.get(key)]:
-        sys.exit(f"{path} is of a run with another {', '.join(changed)}; delete it to train again")
-    return result
+def is_done(path, hyperparameters):
+    """Whether there is the JSON of an earlier run; exits if that run was of other hyperparameters."""
+    if path.exists():
+        now, then = hyperparameters, json.loads(path.read_text())["hyperparameters"]
+        names = sorted((now.keys() | then.keys()) - {"images", "classes", "seed"})
+        if changed := [name for name in names if then.get(name) != now.get(name)]:
+            sys.exit(f"{path} is of a run with another {', '.join(changed)}; delete it to train again")
+    return path.exists()
 
 
 def read_results(device, data, folder):
@@ -113,12 +99,6 @@ def read_results(device, data, folder):
     return dict(sorted(groups.items(), key=lambda item: (item[0][0], -item[0][1])))
 
 
-def mean_and_spread(values):
-    if not values:
-        return ""
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
-
-
 def accuracy_table(groups):
     """A row per recipe and schedule, accuracies in % as mean ± standard deviation over the seeds."""
     milestones = (10, 20, 40)
@@ -128,8 +108,10 @@ def accuracy_table(groups):
         accuracies = [[r["history"][e - 1]["test_acc"] for r in results] if e < epochs else [] for e in milestones]
         accuracies.append([r["history"][-1]["test_acc"] for r in results])
         accuracies.append([r["unaugmented_train_accuracy_percent"] for r in results if "recipe" in r])
+        cells = [f"{statistics.mean(values):.2f}" if values else "" for values in accuracies]
+        cells = [f"{c} ± {statistics.stdev(v):.2f}" if len(v) > 1 else c for c, v in zip(cells, accuracies)]
         seeds = ", ".join(str(seed) for seed in sorted(r["hyperparameters"]["seed"] for r in results))
-        lines.append([recipe, str(epochs), seeds, *map(mean_and_spread, accuracies)])
+        lines.append([recipe, str(epochs), seeds, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -140,8 +122,8 @@ def plot(groups, path):
         by_epoch = list(zip(*([row["test_acc"] for row in result["history"]] for result in results)))
         means = [statistics.mean(values) for values in by_epoch]
         (line,) = axis.plot(range(1, epochs + 1), means, label=f"{recipe}, {epochs} epochs: {means[-1]:.2f} %")
-        lowest, highest = [min(values) for values in by_epoch], [max(values) for values in by_epoch]
-        axis.fill_between(range(1, epochs + 1), lowest, highest, alpha=0.25, color=line.get_color(), linewidth=0)
+        bounds = [*map(min, by_epoch)], [*map(max, by_epoch)]
+        axis.fill_between(range(1, epochs + 1), *bounds, alpha=0.25, color=line.get_color(), linewidth=0)
     axis.set(xscale="log", xlabel="epoch", ylabel="test accuracy (%)", ylim=(55, 95))
     axis.set_xticks(ticks := (1, 2, 5, 10, 20, 50, 100, 200), map(str, ticks))
     axis.set_title("Test accuracy on CIFAR-10, mean and range over three seeds")
@@ -152,22 +134,19 @@ def plot(groups, path):
 
 def ship_weights(recipe, seed, device, note):
     """Copy the last weights of a run of the recipe's own length to weights/, with a JSON of where they come from."""
-    name = run_name(recipe, RECIPES[recipe]["epochs"], seed, device)
-    result = json.loads((RESULTS / "accuracy" / f"{name}.json").read_text())
-    weights = (ROOT / "runs" / "accuracy" / name / "last.pt").read_bytes()
-    model = utils.build_model(utils.get_recipe(recipe))
-    model.load_state_dict(utils.load_weights(ROOT / "runs" / "accuracy" / name / "last.pt"))
+    name = RUN_NAME.format(recipe, device, RECIPES[recipe]["epochs"], seed)
+    result, weights = json.loads((RESULTS / "accuracy" / f"{name}.json").read_text()), ROOT / "runs" / "accuracy" / name
+    model, _ = load_network(weights / "last.pt")
     del result["history"]
     result |= {"scores": scores_of(model), "note": note}
-    write_atomically(ROOT / "weights" / f"{recipe}.pt", weights)
+    write_atomically(ROOT / "weights" / f"{recipe}.pt", (weights / "last.pt").read_bytes())
     write_atomically(ROOT / "weights" / f"{recipe}.json", (json.dumps(result, indent=1) + "\n").encode())
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--recipes", nargs="+", choices=RECIPES, default=["s9", "tuned", "short", "resnet", "resnet-quick"]
-    )
+    default = ["s9", "tuned", "short", "resnet", "resnet-quick"]
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=default)
     parser.add_argument("--epochs", type=int, help="by default the recipe's own")
     parser.add_argument("--seeds", type=int, nargs="*", default=[4, 5, 6])
     parser.add_argument("--plain", action="store_true", help="does the plain loop learn as well?")
@@ -179,8 +158,8 @@ def main():
     for seed in arguments.seeds:
         for recipe in arguments.recipes:
             epochs = arguments.epochs or RECIPES[recipe]["epochs"]
-            path = folder / f"{run_name(recipe, epochs, seed, device.type)}.json"
-            if not read_result(path, flatten_recipe(RECIPES[recipe]) | {"epochs": epochs, "dataset": data}):
+            path = folder / f"{RUN_NAME.format(recipe, device.type, epochs, seed)}.json"
+            if not is_done(path, flatten_recipe(RECIPES[recipe]) | {"epochs": epochs, "dataset": data}):
                 result = train_recipe(recipe, epochs, seed, device, arguments.plain)
                 write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
             if arguments.ship_weights and seed == arguments.seeds[0]:

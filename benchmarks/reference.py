@@ -38,25 +38,22 @@ def get_loaders(train_set, test_set, device, batch_size=256, transforms=None):
     return DataLoader(train_data, shuffle=True, **options), DataLoader(test_data, shuffle=False, **options)
 
 
-def train_step(model, optimizer, criterion, images, labels):
-    optimizer.zero_grad()
-    predictions = model(images)
-    loss = criterion(predictions, labels)
-    loss.backward()
-    optimizer.step()
-    correct = predictions.argmax(dim=1).eq(labels).sum().item()
-    return loss.item() * len(labels), correct
-
-
 def train(model, device, loader, optimizer, criterion, scheduler=None):
     """One epoch; mean loss and accuracy in %. The scheduler is stepped after every batch."""
     model.train()
     loss_sum = correct = seen = 0
     for images, labels in (bar := tqdm(loader, disable=None)):
-        loss, hits = train_step(model, optimizer, criterion, images.to(device), labels.to(device))
+        images, labels = images.to(device), labels.to(device)
+        optimizer.zero_grad()
+        predictions = model(images)
+        loss = criterion(predictions, labels)
+        loss.backward()
+        optimizer.step()
         if scheduler is not None:
             scheduler.step()
-        loss_sum, correct, seen = loss_sum + loss, correct + hits, seen + len(labels)
+        loss_sum += loss.item() * len(labels)
+        correct += predictions.argmax(dim=1).eq(labels).sum().item()
+        seen += len(labels)
         bar.set_description(f"loss {loss_sum / seen:.4f} accuracy {100 * correct / seen:.2f}")
     return loss_sum / seen, 100 * correct / seen
 

@@ -1,13 +1,10 @@
 """Which network and which recipe are best under the rules? Trials on validation images, kept by Optuna.
 
-    python benchmarks/search.py --trials 20                 # go on with the search, for twenty more trials
-    python benchmarks/search.py --arms "no holes" "Muon, momentum 0.8" --seeds 1 2 3     # named changes of the recipe
-    python benchmarks/search.py                             # the tables of the trials so far
+    python benchmarks/search.py --trials 20                            # twenty more trials of the search
+    python benchmarks/search.py --arms "no holes" --seeds 1 2 3        # named changes of the recipe
 
 5,000 of the 50,000 training images, 500 of each class and always the same, are for validation; the other 45,000 are
-trained on. No test image is ever looked at. Both studies are one journal file, benchmarks/results/search.journal:
-processes that share the file share them, on other machines through a shared folder as well: `--journal
-/shared/search.journal`.
+trained on. No test image is ever looked at. Processes, on several machines as well, can share the journal file.
 """
 
 import argparse
@@ -63,13 +60,8 @@ def suggest(trial):
 
 def objective(trial):
     """Accuracy on the validation part after the last epoch, in %."""
-    named = trial.study.study_name == "arms"
-    if named:
-        change = ARMS[trial.suggest_categorical("arm", list(ARMS))]
-        utils.seed_everything(trial.suggest_int("seed", 0, 10**6))
-    else:
-        change = suggest(trial)
-        utils.seed_everything(1)
+    change = ARMS[trial.user_attrs["arm"]] if trial.user_attrs else suggest(trial)
+    utils.seed_everything(trial.user_attrs.get("seed", 1))
     recipe = changed(utils.get_recipe("resnet-quick") | {"epochs": EPOCHS}, change)
     device = utils.best_device()
     training, validation = utils.split_validation(load_images("cifar10", "train").labels)
@@ -81,13 +73,9 @@ def objective(trial):
     model = utils.build_model(recipe).to(device)
     optimizer, scheduler, criterion = utils.build_training(recipe, model, len(train_loader))
     accuracies = []
-    for epoch in range(1, EPOCHS + 1):
-        utils.train(model, device, train_loader, optimizer, criterion, scheduler=scheduler, verbose=False)
-        utils.test(model, device, loader, criterion, test_acc=accuracies, verbose=False)
-        print(f"  epoch {epoch}/{EPOCHS}: {accuracies[-1]:.2f} %", flush=True)
-        trial.report(accuracies[-1], epoch)
-        if not named and trial.should_prune():
-            raise optuna.TrialPruned
+    for _ in range(EPOCHS):
+        utils.train(model, device, train_loader, optimizer, criterion, scheduler=scheduler)
+        utils.test(model, device, loader, criterion, test_acc=accuracies)
     return accuracies[-1]
 
 
@@ -99,9 +87,7 @@ def open_study(name, journal):
     # A lock by O_EXCL instead of a symlink, which Windows may forbid.
     storage = JournalStorage(JournalFileBackend(journal, lock_obj=JournalFileOpenLock(journal)))
     sampler = optuna.samplers.TPESampler(multivariate=True, constant_liar=True)
-    # Not after fewer epochs: while the learning rate rises, the accuracy says little, and less the higher it is.
-    pruner = optuna.pruners.HyperbandPruner(min_resource=4, max_resource=EPOCHS, reduction_factor=2)
-    options = {"study_name": name, "storage": storage, "sampler": sampler, "pruner": pruner}
+    options = {"study_name": name, "storage": storage, "sampler": sampler}
     if name in optuna.get_all_study_names(storage):  # else a journal that is only shown would grow
         return optuna.load_study(**options)
     return optuna.create_study(**options, direction="maximize")
@@ -115,22 +101,24 @@ def main():
     parser.add_argument("--journal", default=str(ROOT / "benchmarks" / "results" / "search.journal"))
     arguments = parser.parse_args()
     arms, search = open_study("arms", arguments.journal), open_study("recipe", arguments.journal)
-    for seed in arguments.seeds:
-        for arm in arguments.arms:
-            arms.enqueue_trial({"arm": arm, "seed": seed}, skip_if_exists=True)
-    waiting = [trial for trial in arms.trials if trial.state == optuna.trial.TrialState.WAITING]
-    if arguments.arms:
-        arms.optimize(objective, n_trials=len(waiting))
+    # As attributes, since a parameter's choices are fixed for the life of a study, and arms are added.
+    asked = [{"arm": arm, "seed": seed} for seed in arguments.seeds for arm in arguments.arms]
+    for attributes in asked:
+        if attributes not in [trial.user_attrs for trial in arms.trials]:
+            arms.enqueue_trial({}, user_attrs=attributes)
+    if asked:
+        arms.optimize(objective, n_trials=sum(trial.state.name == "WAITING" for trial in arms.trials))
     if arguments.trials:
         search.optimize(objective, n_trials=arguments.trials, catch=FloatingPointError)
 
     accuracies = {}
-    for trial in arms.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
-        accuracies.setdefault(trial.params["arm"], []).append(trial.value)
+    complete = [optuna.trial.TrialState.COMPLETE]
+    for trial in arms.get_trials(states=complete):
+        accuracies.setdefault(trial.user_attrs["arm"], []).append(trial.value)
     print("\n| change of the recipe | validation accuracy, % | mean |\n| --- | --- | --- |")
     for arm, values in accuracies.items():
         print(f"| {arm} | {', '.join(f'{value:.2f}' for value in values)} | {statistics.mean(values):.2f} |")
-    for trial in sorted(search.get_trials(states=[optuna.trial.TrialState.COMPLETE]), key=lambda trial: -trial.value):
+    for trial in sorted(search.get_trials(states=complete), key=lambda trial: -trial.value):
         print(f"{trial.value:.2f} %: {trial.params}")
 
 

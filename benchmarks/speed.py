@@ -1,8 +1,8 @@
 """How fast: the plain loop and this project, side by side in one run.
 
-    python benchmarks/speed.py                      # 12,000 images of CIFAR10_ROOT
-    python benchmarks/speed.py --train-images 50000 --test-images 10000 --repeats 3     # whole epochs, for a GPU
-    python benchmarks/speed.py --repeats 0          # only the table of the results so far
+    python benchmarks/speed.py                              # 12,000 images of CIFAR10_ROOT
+    python benchmarks/speed.py --images 50000 --repeats 3   # whole epochs, for a GPU
+    python benchmarks/speed.py --repeats 0                  # only the table of the results so far
 
 The variants take turns, each in a process of its own, so that a noisy machine disturbs them alike, and the median
 counts. Writes benchmarks/results/speed-<processor>-<type computed in>.json. Needs Linux, for the peak memory of a
@@ -33,7 +33,6 @@ from torch.utils.data import DataLoader
 import utils
 from augment import ImageBatches, as_batch
 from image_sets import load_images
-from models import Model
 from output import write_atomically
 from recipes import RECIPES
 
@@ -43,15 +42,13 @@ EPOCHS_OF = ("s9", "tuned", "resnet")  # recipes whose epochs are timed; the oth
 
 
 def seconds_of(function, device):
-    def synchronized():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    start = synchronized()
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
         function()
-    return synchronized() - start
+    wait()
+    return time.perf_counter() - start
 
 
 def subset(image_set, n):
@@ -88,54 +85,32 @@ def measure_step(variant, device, train_set, test_set):
     images = torch.randn(size, 3, 32, 32, generator=generator).to(device)
     labels = torch.randint(0, 10, (size,), generator=generator).to(device)
     model = utils.build_model(recipe).to(device).train()
-    if variant == "plain":
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    train = reference.train if variant == "plain" else utils.train
+    optimizer = utils.get_optimizer(model, **recipe["optimizer"] | {"lr": 0.05})
 
-        def run():
-            for _ in range(steps):
-                reference.train_step(model, optimizer, F.nll_loss, images, labels)
-    else:
-        optimizer = utils.get_optimizer(model, **recipe["optimizer"] | {"lr": 0.05})
-
-        def run():
-            utils.train(model, device, [(images, labels)] * steps, optimizer, utils.get_loss(), verbose=False)
+    def run():
+        train(model, device, [(images, labels)] * steps, optimizer, F.nll_loss)
 
     run()
     return {"images_per_second": steps * size / seconds_of(run, device)}
 
 
-def measure_busy_step(*arguments):
-    """`measure_step` beside another program that keeps one core busy."""
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        return measure_step(*arguments)
-    finally:
-        busy.kill()
-
-
 def measure_epoch(variant, device, train_set, test_set):
-    """An epoch of training and a test."""
+    """An epoch of training and a test; the plain loop's are those of s9."""
+    recipe, loop = utils.get_recipe("s9" if variant == "plain" else variant), reference if variant == "plain" else utils
+    options, transforms = {"batch_size": recipe["batch_size"]}, utils.get_train_transforms(**recipe["transforms"])
+    _, train_loader = utils.get_CIFARdataset_with_loader("train", options, transforms=transforms)
+    _, test_loader = utils.get_CIFARdataset_with_loader("test", options)
+    for loader, images in ((train_loader, train_set), (test_loader, test_set)):
+        loader.dataset.images, loader.dataset.labels = images.images, images.labels
     if variant == "plain":
         train_loader, test_loader = reference.get_loaders(train_set, test_set, device)
-        model = Model(0.05).to(device)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    model = utils.build_model(recipe).to(device)
+    optimizer, scheduler, criterion = utils.build_training(recipe, model, len(train_loader))
 
-        def run():
-            reference.train(model, device, train_loader, optimizer, F.nll_loss)
-            reference.test(model, device, test_loader, F.nll_loss)
-    else:
-        recipe = utils.get_recipe(variant)
-        options, transforms = {"batch_size": recipe["batch_size"]}, utils.get_train_transforms(**recipe["transforms"])
-        _, train_loader = utils.get_CIFARdataset_with_loader("train", options, transforms=transforms)
-        _, test_loader = utils.get_CIFARdataset_with_loader("test", options)
-        for loader, images in ((train_loader, train_set), (test_loader, test_set)):
-            loader.dataset.images, loader.dataset.labels = images.images, images.labels
-        model = utils.build_model(recipe).to(device)
-        optimizer, scheduler, criterion = utils.build_training(recipe, model, len(train_loader))
-
-        def run():
-            utils.train(model, device, train_loader, optimizer, criterion, scheduler=scheduler)
-            utils.test(model, device, test_loader, criterion)
+    def run():
+        loop.train(model, device, train_loader, optimizer, criterion, scheduler=scheduler)
+        loop.test(model, device, test_loader, criterion)
 
     run()
     seconds = seconds_of(run, device)
@@ -145,26 +120,25 @@ def measure_epoch(variant, device, train_set, test_set):
     return {"seconds": seconds, "peak_megabytes": peak}
 
 
-MEASUREMENTS = {"loading": measure_loading, "step": measure_step, "busy": measure_busy_step, "epoch": measure_epoch}
+MEASUREMENTS = {"loading": measure_loading, "step": measure_step, "epoch": measure_epoch}
 
 
-def take_turns(what, variants, repeats, sizes):
+def take_turns(what, variants, repeats, images):
     """Medians of a measurement, {variant: {quantity: value}}, each in a process of its own."""
     rounds = {variant: [] for variant in variants}
-    for _ in range(repeats):
-        for variant in variants:
-            environment = os.environ | ({} if variant == "plain" else {"GOMP_SPINCOUNT": "10000"})  # as the Makefile
-            command = [sys.executable, __file__, *sizes, "--measure", what, variant]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-            rounds[variant].append(json.loads(done.stdout.splitlines()[-1]))
-    return {
-        variant: {quantity: statistics.median(one[quantity] for one in results) for quantity in results[0]}
-        for variant, results in rounds.items()
-    }
+    for variant in list(variants) * repeats:
+        environment = os.environ | ({} if variant == "plain" else {"GOMP_SPINCOUNT": "10000"})  # as the Makefile
+        command = [sys.executable, __file__, f"--images={images}", "--measure", what, variant]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+        rounds[variant].append(json.loads(done.stdout.splitlines()[-1]))
+    medians = lambda results: {key: statistics.median(one[key] for one in results) for key in results[0]}  # noqa: E731
+    return {variant: medians(results) for variant, results in rounds.items()}
 
 
-def processor():
-    """The CPU's name, with its family and model, as virtual machines call very different CPUs by one name."""
+def processor(device):
+    """A name; of a CPU with its family and model, as virtual machines call very different CPUs by one name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
         facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
@@ -175,8 +149,7 @@ def processor():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train-images", type=int, default=10_000)
-    parser.add_argument("--test-images", type=int, default=2_000)
+    parser.add_argument("--images", type=int, default=10_000, help="for training, and a fifth of it for testing")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # in a child: which measurement, which variant
     arguments = parser.parse_args()
@@ -185,25 +158,22 @@ def main():
         return print_table()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    train_set = subset(load_images("cifar10", "train"), arguments.train_images)
-    test_set = subset(load_images("cifar10", "test"), arguments.test_images)
+    train_set = subset(load_images("cifar10", "train"), arguments.images)
+    test_set = subset(load_images("cifar10", "test"), arguments.images // 5)
     if arguments.measure:
         what, variant = arguments.measure
-        print(json.dumps(MEASUREMENTS[what](variant, device, train_set, test_set)))
-        return
-    sizes = [f"--train-images={arguments.train_images}", f"--test-images={arguments.test_images}"]
+        return print(json.dumps(MEASUREMENTS[what](variant, device, train_set, test_set)))
     recipes = list({repr(recipe["transforms"]): name for name, recipe in reversed(RECIPES.items())}.values())
     result = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
+        "device": processor(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "type": str(utils.autocast_dtype(device)),
         "data": train_set.name,
         "images_per_epoch": len(train_set.labels) + len(test_set.labels),
-        "loading": take_turns("loading", ["plain", *recipes], repeats, sizes),
-        "step": take_turns("step", ["plain", *EPOCHS_OF], repeats, sizes),
-        "busy": take_turns("busy", ["plain", "s9"], repeats, sizes) if device.type == "cpu" else {},
-        "epoch": take_turns("epoch", ["plain", *EPOCHS_OF], max(1, repeats // 2), sizes),
+        "loading": take_turns("loading", ["plain", *recipes], repeats, arguments.images),
+        "step": take_turns("step", ["plain", *EPOCHS_OF], repeats, arguments.images),
+        "epoch": take_turns("epoch", ["plain", *EPOCHS_OF], max(1, repeats // 2), arguments.images),
     }
     name = re.sub(r"\W+", "-", f"speed {result['device']} {result['type'].removeprefix('torch.')}".lower())
     write_atomically(RESULTS / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
@@ -215,21 +185,18 @@ def print_table():
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("speed-*.json"))]
     rows = {"computes in": [r["type"].removeprefix("torch.") for r in results], "torch": [r["torch"] for r in results]}
 
-    def add(what, measured, quantity, variants, rate=lambda result, value: value):
+    def add(what, measured, quantity, variants):
         for variant in variants:
-            cells = rows.setdefault(f"{what}, {variant}", [])
             for result in results:
-                ours = rate(result, result[measured].get(variant, {}).get(quantity, 0))
-                plain = rate(result, result[measured].get("plain", {}).get(quantity, 0))
-                cells.append(f"{ours:,.0f} ({ours / plain:.1f})" if ours and plain else "")
-
-    def images_per_second(result, seconds):
-        return result["images_per_epoch"] / seconds if seconds else 0
+                ours, plain = (result[measured].get(which, {}).get(quantity) for which in (variant, "plain"))
+                if quantity == "seconds" and ours:
+                    ours, plain = result["images_per_epoch"] / ours, result["images_per_epoch"] / plain
+                cell = f"{ours:,.0f} ({ours / plain:.1f})" if ours else ""
+                rows.setdefault(f"{what}, {variant}", []).append(cell)
 
     add("data path, images/s per core", "loading", "images_per_second", RECIPES)
     add("training step on ready tensors, images/s", "step", "images_per_second", EPOCHS_OF)
-    add("the same beside a busy core, images/s", "busy", "images_per_second", ["s9"])
-    add("epoch with testing, images/s", "epoch", "seconds", ["plain", *EPOCHS_OF], images_per_second)
+    add("epoch with testing, images/s", "epoch", "seconds", ["plain", *EPOCHS_OF])
     add("peak resident memory, MB", "epoch", "peak_megabytes", ["plain", *EPOCHS_OF])
     print("\n| | " + " | ".join(result["device"] for result in results) + " |")
     print("|" + " --- |" * (1 + len(results)))

@@ -36,12 +36,10 @@ def processes():
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "torch._dynamo", "utils"])  # an optimizer would import _dynamo
+    context.set_forkserver_preload(["__main__", "torch._dynamo", "utils", "sklearn.datasets"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(pathlib.Path(utils.__file__).parent))  # where the server finds utils
-        process = context.Process(target=print)
-        process.start()
-    process.join()
+        context.Process(target=print).start()
     return context
 
 
