@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +132,7 @@ def _decode(root, split, paths):
     """Images uint8 (N, 32, 32, 3) of the files, from the cache if no file has changed since it was written."""
     fingerprint = hashlib.sha256()
     for path in paths:
-        status = os.stat(path) if os.path.exists(path) else os.lstat(path)
+        status = os.stat(path)
         fingerprint.update(os.fsencode(f"{path[len(str(root)) :]}\0{status.st_size}\0{status.st_mtime_ns}\n"))
     cache, fingerprint = root / f".{split}-{IMAGE_SIZE}px.pt", fingerprint.hexdigest()
     try:
@@ -148,8 +147,7 @@ def _decode(root, split, paths):
     bad, reason, resized = [], "", 0
     for i, path in enumerate(progress_bar(paths, desc=f"decoding {split}", unit=" images")):
         try:
-            # To open a pipe would wait for somebody to write to it.
-            with Image.open(path if os.path.isfile(path) else io.BytesIO(), formats=FORMATS) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 resized += image.size != (IMAGE_SIZE, IMAGE_SIZE)
                 images[i] = to_rgb(image)
         except Exception as error:  # a damaged file can make Pillow raise nearly anything
@@ -166,8 +164,8 @@ def _decode(root, split, paths):
     return images
 
 
-def to_rgb(image, size=IMAGE_SIZE):
-    """Bring a PIL image of any mode and size to uint8 (size, size, 3).
+def to_rgb(image):
+    """Bring a PIL image of any mode and size to uint8 (32, 32, 3).
 
     Transparency goes over white, 16-bit and floating-point grey (from 0 to 1, else ValueError) is scaled to 8 bits, a
     camera's rotation tag is applied, and another size is resized with antialiased bilinear (not cropped, so a picture
@@ -186,9 +184,7 @@ def to_rgb(image, size=IMAGE_SIZE):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.array(image)
+    return np.array(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR))  # a copy if it has that size
 
 
 # ---- the official batches, and the offline sample --------------------------------------------------------------

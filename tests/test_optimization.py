@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import utils
+from optimization import MuonSGD
 
 
 def network():
@@ -56,6 +57,7 @@ def test_muon_turns_kernels_by_orthogonal_steps_and_is_sgd_for_the_rest():
     dense = [nn.Conv2d(4, 6, 3, bias=False), nn.Conv2d(6, 40, 2, bias=False), nn.Conv2d(40, 6, 1, bias=False)]
     end = nn.Conv2d(6, 6, 3, groups=6, bias=False), nn.Flatten(), nn.Linear(54, 4), nn.LogSoftmax(dim=1)
     model = nn.Sequential(*dense, nn.BatchNorm2d(6), *end)
+    assert MuonSGD(model.parameters()).defaults["momentum"] == 0.9
     twin, kernels, momenta = copy.deepcopy(model), [layer.weight.detach().clone() for layer in dense], [0, 0, 0]
     muon = utils.get_optimizer(model, "MuonSGD", 0.1, weight_decay=0.01, decay="weights", kernel_lr=0.3)
     sgd = utils.get_optimizer(twin, "SGD", 0.1, weight_decay=0.01, decay="weights", nesterov=True)
