@@ -120,6 +120,7 @@ class Run:
             return identity, None
         [found] = found
         with _fitting(path):
+            identity["schedule"] = identity["schedule"] or found["identity"]["schedule"]
             of_this_torch = found["made_by"]["versions"]["torch"] == version("torch")  # another prints otherwise
             then, now = (_flat(each, of_this_torch) for each in (found["identity"], identity))
             names = [name for name in {**then, **now} if then.get(name) != now.get(name) and name != "epochs"]
@@ -135,7 +136,7 @@ class Run:
 
     def _identity_of(self, hyperparameters, model, optimizer, scheduler):
         """What a run resumes only with: its settings, the network as it prints, the kinds and lengths of the rest."""
-        # A layer may print what it has learned since, and a scheduler has been stepped.
+        # A layer may print what it has learned since, and a scheduler is no longer as it was made once it was stepped.
         before = self._identity if unwrap(model) is self._parts.get("model") else {}
         kinds = {"the optimizer": type(optimizer).__name__, "the scheduler": type(scheduler).__name__}
         schedule = before.get("schedule", {})

@@ -1,7 +1,6 @@
 """How accurate: the recipes trained without a notebook at several seeds, and the tables and plot of RESULTS.md.
 
     python benchmarks/accuracy.py                                     # all but resnet-long, three seeds each
-    python benchmarks/accuracy.py --recipes short --epochs 12         # on a schedule of 12 epochs
     python benchmarks/accuracy.py --recipes s9 tuned --ship-weights   # and renew weights/ from the first seed
     python benchmarks/accuracy.py --seeds                             # only the tables of the runs so far
 

@@ -50,7 +50,8 @@ def trained(recipe, classes, per_class=None, seed=1, body=None):
 
 
 def main():
-    quick, finetune = utils.get_recipe("resnet-quick"), utils.get_recipe("finetune")
+    finetune = utils.get_recipe("finetune")
+    quick = utils.get_recipe("resnet-quick") | {"transforms": finetune["transforms"]}
     scratch = quick | {"batch_size": 16, "epochs": 3 * finetune["epochs"]}
     body, accuracy = trained(quick, KNOWN)
     result = {"processor": processor(utils.best_device()), "accuracy on known classes": accuracy, "recipe": finetune}

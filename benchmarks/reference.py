@@ -1,7 +1,6 @@
 """The plain PyTorch loop that this project's speed and accuracy are measured against, as a course would write it.
 
-One `Compose` call per image in a `Dataset`, as many loader workers as cores, float32, NCHW, and `.item()` at every
-step. Same network, same transforms, same images.
+One `Compose` call per image, as many loader workers as cores, float32, NCHW, and `.item()` at every step.
 """
 
 import os

@@ -5,8 +5,7 @@
     python benchmarks/speed.py --repeats 0                  # only the table of the results so far
 
 The variants take turns, each in a process of its own, so that a noisy machine disturbs them alike, and the median
-counts. Writes benchmarks/results/speed-<processor>-<type computed in>.json. Needs Linux, for the peak memory of a
-process; that of loader workers is not counted.
+counts. Needs Linux, for the peak memory of a process; that of loader workers is not counted.
 """
 
 import argparse

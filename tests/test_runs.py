@@ -237,8 +237,9 @@ OTHER_RUNS = [  # (what the run was, what it is now, words of the refusal)
     ({}, {"scheduler": LinearLR, "total_iters": 5}, "scheduler StepLR LinearLR"),
     ({"settings": {"optimizer": "a"}}, {"settings": {"optimizer": "b"}}, "optimizer"),
     # The state of a schedule would bring its old length back: a cosine would rise again, others stay at zero.
-    ({"scheduler": one_cycle, "epochs": 4}, {"scheduler": one_cycle, "epochs": 8}, ""),
-    ({"scheduler": warm_up_and_fall, "epochs": 4}, {"scheduler": warm_up_and_fall, "epochs": 8}, ""),
+    ({"scheduler": one_cycle, "epochs": 4}, {"scheduler": one_cycle, "epochs": 8}, "total_steps 8 16"),
+    ({"scheduler": warm_up_and_fall, "epochs": 4}, {"scheduler": warm_up_and_fall, "epochs": 8}, "T_max"),
+    ({}, {"lr": 0.1}, "base_lrs 0.2 0.1"),  # and the optimizer's state its old learning rate
 ]
 
 
@@ -257,6 +258,19 @@ def test_another_run_is_refused_and_nothing_changed(was, now, words, tmp_path):
     assert states(arguments) == before and files(run.folder) == files_before
     assert start(tmp_path, **was)[2][3] == [11.0]
     assert Run("other", root=tmp_path).resume(*arguments) == ([], [], [], [])
+
+
+def test_a_run_opened_again_resumes_with_what_it_has_trained(tmp_path):
+    settings, model, optimizer, scheduler = trained()
+    for epoch in range(3):
+        run = Run("small", root=tmp_path)
+        lists = run.resume(settings, model, optimizer, scheduler)
+        assert len(lists[0]) == epoch
+        optimizer.step()
+        scheduler.step()  # from now on it is not as it was made
+        save(run, model, lists, 10.0)
+    with pytest.raises(ValueError, match="step_size"):
+        start(tmp_path, step_size=9)
 
 
 def test_a_checkpoint_that_holds_something_else_is_refused_and_changes_nothing(tmp_path):
