@@ -85,15 +85,12 @@ class MisclassifiedSamples(list):
         part = super().__getitem__(index)
         return MisclassifiedSamples(part, self.transforms) if isinstance(index, slice) else part
 
-    def read(self, unread):
-        """Take over what is wrong in a list of batches (images, labels, predictions), which it empties."""
-        for batch in unread:
-            images, labels, predictions = (part.cpu() for part in batch)
-            labels = class_indices(labels)
-            wrong = predictions != labels
-            for sample in zip(images[wrong], labels[wrong], predictions[wrong]):
-                self.append(Misclassified(*map(torch.clone, sample)))  # a view would keep, and save, the whole batch
-        unread.clear()
+    def add(self, images, labels, predictions):
+        """Take over what is wrong in a batch."""
+        images, labels, predictions = images.cpu(), class_indices(labels).cpu(), predictions.cpu()
+        wrong = predictions != labels
+        for sample in zip(images[wrong], labels[wrong], predictions[wrong]):
+            self.append(Misclassified(*map(torch.clone, sample)))  # a view would keep, and save, the whole batch
 
 
 def check_first_batch(model, criterion, scores, labels):

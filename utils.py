@@ -177,7 +177,7 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None,
     if world_size() > 1:
         model = unwrap(model)  # each process by itself, as their numbers of batches may differ
     misclassified = MisclassifiedSamples(transforms=getattr(data_of(test_loader), "transforms", None))
-    unread, tally = [], Tally("test", test_loader)
+    tally = Tally("test", test_loader)
     model.eval()
     with _made_fast(model, device) as forward, tally.bar:
         for images, labels in test_loader:
@@ -186,11 +186,7 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None,
                 check_first_batch(model, criterion, scores, labels)
             predictions = scores.argmax(dim=1)
             tally.add(criterion(scores, labels), predictions, labels)
-            unread.append((images, labels, predictions))
-            # On a CPU at once, as a loader may fill the memory of its batch again; on a GPU reading waits for it.
-            if device.type == "cpu" or len(unread) == 16:
-                misclassified.read(unread)
-    misclassified.read(unread)
+            misclassified.add(images, labels, predictions)
     tally.read(test_losses, test_acc, verbose)
     everybodys = (sample for samples in gather([*misclassified]) for sample in samples)
     return MisclassifiedSamples(everybodys, misclassified.transforms)
