@@ -352,7 +352,8 @@ def showmisclassifiedsamples(misclassified, label_map, title="", path=None):
 def post_confusion_matrix(misclassified, test_loader, label_map, title="", path=None):
     """Counts of true class (row) against predicted class (column) in a test, with the accuracy of each class.
 
-    misclassified is what `test` returned for this loader, which says how many samples of each class there are.
+    misclassified is what `test` returned for this loader, which gives the same samples each time and so says how many
+    there are of each class.
     """
     tested = torch.cat(gather(torch.cat([class_indices(labels).cpu() for _, labels in test_loader])))
     classes = _names(label_map)
