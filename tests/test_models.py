@@ -73,7 +73,8 @@ def test_layers_are_those_of_the_table(model):
             found[name] = (conv.in_channels, conv.out_channels, *sides, conv.groups, *seen.get(name, "??"))
     pairs = {name: (expected.get(name), found.get(name)) for name in sorted({*expected, *found})}
     changed = [f"{name}: expected {then}, found {now}" for name, (then, now) in pairs.items() if then != now]
-    assert not changed, "\n".join(changed)
+    heading = "a layer: (in, out, kernel, stride, padding, dilation, groups, size of the image, receptive field)"
+    assert not changed, "\n".join(["the network has changed", heading, *changed])
 
 
 def test_rules_of_the_assignment(model):
