@@ -64,8 +64,7 @@ def get_train_transforms(flip=0.1, shift_scale_rotate=0.1, cutout=0.3, crop_padd
             arXiv 1708.04552, whose holes may stick out).
         crop_padding: pixels of reflected border; a random crop of 32x32 is cut from the image with it; 0 for no crop.
 
-    Returns:
-        `albumentations.Compose` from uint8 (32, 32, 3), or any (H, W, 3) without a crop, to float32 (3, H, W).
+    The pipeline goes from uint8 (32, 32, 3), or any (H, W, 3) without a crop, to float32 (3, H, W).
     """
     crop = [A.Pad(padding=crop_padding, border_mode=cv2.BORDER_REFLECT_101), A.RandomCrop(32, 32)]
     mean_colour = tuple(round(255 * mean) for mean in CIFAR10_MEAN)
@@ -104,18 +103,14 @@ def data_of(loader):
 
 
 def augment_batch(pipeline, images, rng):
-    """Apply an Albumentations pipeline to each image of a batch.
+    """Apply an `A.Compose`, or a single Albumentations transform, to each image of a batch.
 
     Args:
-        pipeline: an `A.Compose` (or any single Albumentations transform) that leaves all images of one size.
         images: uint8 array (N, H, W, 3); the caller gives it away, it may be modified.
         rng: `numpy.random.Generator`, the only source of randomness.
 
     Returns:
-        Tensor (N, 3, H, W), float32 once the pipeline has `A.Normalize`.
-
-    Raises:
-        TypeError: a pipeline of another library.
+        Tensor (N, 3, H, W), float32 once the pipeline has `A.Normalize`. All images must come out in one size.
     """
     if not isinstance(pipeline, (A.BaseCompose, A.BasicTransform)):
         raise TypeError(f"transforms is a {type(pipeline).__name__}; it must be an albumentations.Compose")

@@ -44,7 +44,7 @@ def fetch_batches(root):
 
     Raises:
         DownloadError: no source works, or the archive is another one.
-        OSError: `root` cannot be written, or has no 0.4 GB free.
+        OSError: `root` cannot be written, or has no room for what is unpacked; 0.4 GB in all.
     """
     archive = Path(root) / ARCHIVE_NAME
     archive.parent.mkdir(parents=True, exist_ok=True)

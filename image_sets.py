@@ -50,7 +50,7 @@ def load_images(dataset, split, root=None):
     Raises:
         ValueError: unknown dataset or split, a root that is not there or holds something else, or data that is
             incomplete or damaged (the message names the files).
-        FileNotFoundError: a class without images.
+        OSError: a class without images, a link to nothing, a folder that cannot be written.
         download.DownloadError: the archive could not be downloaded, or is not the official one.
 
     Source: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.

@@ -36,18 +36,18 @@ class MuonSGD(optim.Optimizer):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
                 continue
-            momenta = [
-                self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-                for parameter in parameters
-            ]
+            for parameter in parameters:
+                if "momentum_buffer" not in self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
             # torch._foreach, as torch's own optimizers: on a GPU few kernels for all parameters, not some for each.
             decay = 0 if group["muon"] else group["weight_decay"]
             steps = torch._foreach_add([p.grad for p in parameters], parameters, alpha=decay)
             torch._foreach_mul_(momenta, group["momentum"])
             torch._foreach_add_(momenta, steps)
             torch._foreach_add_(steps, momenta, alpha=group["momentum"])
-            norms = torch._foreach_norm(parameters)
             if group["muon"]:
+                norms = torch._foreach_norm(parameters)
                 steps = orthogonalized([step.flatten(1) for step in steps])
                 torch._foreach_mul_(steps, [norm / min(step.shape) ** 0.5 for norm, step in zip(norms, steps)])
                 steps = [step.view_as(parameter) for step, parameter in zip(steps, parameters)]
@@ -116,18 +116,14 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
     """Any optimizer of `torch.optim` that steps by gradients alone, or `MuonSGD`, by name, for all parameters.
 
     Args:
-        name: without regard to case.
         lr, momentum: the same defaults for every optimizer, whatever its own are; momentum goes to those that take one.
         weight_decay: by default the optimizer's own.
         decay: which parameters the weight decay applies to, "all", or "weights": those of layers with weights, such as
             convolutions, but neither biases nor scales and shifts.
         kernel_lr: of MuonSGD, the learning rate of Muon, by default lr / 15. Muon trains the kernels of convolutions
             without bias, but neither depthwise nor all-zero ones, nor those of the layer that the network registers
-            last, its classifier; SGD trains the rest.
+            last, its classifier; SGD trains the rest, all of a network that has no such kernels.
         options: go to the optimizer.
-
-    Raises:
-        ValueError: unknown name.
     """
     name, lr = options.pop("optname", name), options.pop("learningrate", lr)  # the names of the original code
     momentum = options.pop("momentumval", momentum)
@@ -160,7 +156,7 @@ def get_scheduler(optimizer, size_or_name=None, gamma=None, name="StepLR", epoch
         size_or_name: step_size, epochs between two falls of the learning rate (for StepLR by default 10); or the name,
             by analogy with `get_optimizer`.
         gamma: factor of a fall; for StepLR by default 0.1.
-        name: without regard to case. A bool in its place, the original's `verbose`, is passed over.
+        name: a bool in its place, the original's `verbose`, is passed over.
         epochs: length of the run, for the schedulers that need one.
         steps_per_epoch: 1 for a scheduler to be stepped after every epoch; the number of batches, `len(train_loader)`,
             for one to be stepped after every batch, as `train` does with the scheduler that it is given.

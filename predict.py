@@ -76,11 +76,6 @@ def predict(model, images, classes=CIFAR10_CLASSES, transforms=None):
 
     Raises:
         FileNotFoundError, ValueError, TypeError: something that is not a picture; says which.
-
-    Example:
-        >>> [prediction] = predict(Model.from_pretrained("tuned"), "cat.jpg")
-        >>> prediction.class_name, round(prediction.probability, 2)
-        ('cat', 0.92)
     """
     classes = class_names(classes)
     if isinstance(images, (str, os.PathLike, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):

@@ -61,8 +61,7 @@ def receptive_field(model, input_size=32):
         input_size: side of the square input in pixels.
 
     Returns:
-        A `ReceptiveFieldTable`: a list of `Row` in the order of execution, printable, with the receptive field in
-        `.total`.
+        A `ReceptiveFieldTable`, a list of `Row` in the order of execution that prints as a table.
 
     Raises:
         ValueError: a network without Conv2d, or with a step that enlarges the image or in which a NaN is lost.

@@ -27,6 +27,7 @@ from output import in_notebook, load_weights, serialized, write_atomically
 from parallel import gather, rank, unwrap, world_size
 
 COLUMNS = ("train_loss", "train_acc", "test_loss", "test_acc")
+FRACTION = re.compile(r"\d+\.\d+(e[+-]\d+)?|\d+e[+-]\d+")
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 
 
@@ -141,7 +142,9 @@ class Run:
         kinds = {"the optimizer": type(optimizer).__name__, "the scheduler": type(scheduler).__name__}
         schedule = before.get("schedule", {})
         if scheduler is not None and getattr(scheduler, "last_epoch", 0) == 0:
-            schedule = {f"the scheduler's {key}": printed(v) for key, v in _plain(scheduler.state_dict()).items()}
+            # Whole numbers only: rates are others if it is made again for an optimizer that has trained.
+            state = {key: FRACTION.sub("…", printed(value)) for key, value in _plain(scheduler.state_dict()).items()}
+            schedule = {f"the scheduler's {key}": text for key, text in state.items()}
         return {
             "hyperparameters": _plain(dict(hyperparameters)),
             "kinds": kinds | {"the number of processes": world_size()},
@@ -169,8 +172,9 @@ class Run:
         """
         self.history = None  # so that save refuses, should this turn out to be another run
         identity, checkpoint = self._find(hyperparameters, model, optimizer, scheduler)
-        again = unwrap(model) is self._parts.get("model")
         parts = {"model": unwrap(model), "optimizer": optimizer, "scheduler": scheduler}
+        again = parts["model"] is self._parts.get("model")
+        unchanged = (identity, parts) == (self._identity, self._parts)
         self._identity, self._parts, self.hyperparameters = identity, parts, dict(hyperparameters)
         now = [(part, copy.deepcopy(part.state_dict())) for part in parts.values() if part is not None], _random_state()
         if not again:
@@ -184,7 +188,8 @@ class Run:
             self._export(checkpoint)
         else:
             if again:
-                _restore(*self._start)
+                states, random_state = self._start
+                _restore(states if unchanged else states[:1], random_state)  # the model's, under other settings
             try:  # read it back now, and not at the first resume
                 torch.load(io.BytesIO(serialized(self._checkpoint([], None))), weights_only=True)
                 json.dumps(self.hyperparameters)

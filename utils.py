@@ -64,8 +64,8 @@ def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", ro
     cuda = torch.cuda.is_available()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # A process makes 90,000 images a second: two are enough for a GPU, and starting them takes seconds unless forked.
-    forked = torch.multiprocessing.get_context().get_start_method() == "fork"
-    options["num_workers"] = min(options.get("num_workers", 2 if cuda and forked else 0), cores)
+    starts = torch.multiprocessing.get_start_method(allow_none=True) or torch.multiprocessing.get_all_start_methods()[0]
+    options["num_workers"] = min(options.get("num_workers", 2 if cuda and starts == "fork" else 0), cores)
     options["pin_memory"] = bool(options.get("pin_memory", cuda)) and cuda  # without a GPU it only warns
     options.pop("persistent_workers", None)
     options.setdefault("worker_init_fn", _leave_interrupts)
@@ -355,7 +355,10 @@ def post_confusion_matrix(misclassified, test_loader, label_map, title="", path=
     misclassified is what `test` returned for this loader, which gives the same samples each time and so says how many
     there are of each class.
     """
-    tested = torch.cat(gather(torch.cat([class_indices(labels).cpu() for _, labels in test_loader])))
+    if world_size() > 1:  # the loader gives this process's share
+        tested = torch.as_tensor(data_of(test_loader).labels)
+    else:
+        tested = torch.cat([class_indices(labels).cpu() for _, labels in test_loader])
     classes = _names(label_map)
     totals = np.bincount(tested[tested >= 0], minlength=len(classes))
     wrong = np.zeros((len(classes), len(classes)), dtype=int)

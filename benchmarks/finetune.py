@@ -2,8 +2,8 @@
 
     python benchmarks/finetune.py
 
-A network learns five classes of CIFAR-10 by `resnet-quick`. Then N images of each of the other five are learned, by
-`finetune` from this network, and from scratch by `resnet-quick` with batches of 16 and three times the epochs.
+A network learns five classes of CIFAR-10 by `resnet-quick` with the augmentation of `finetune`. Then N images of each
+of the other five are learned, by `finetune` from it, and from scratch in batches of 16 and three times the epochs.
 """
 
 import copy
@@ -54,7 +54,7 @@ def main():
     quick = utils.get_recipe("resnet-quick") | {"transforms": finetune["transforms"]}
     scratch = quick | {"batch_size": 16, "epochs": 3 * finetune["epochs"]}
     body, accuracy = trained(quick, KNOWN)
-    result = {"processor": processor(utils.best_device()), "accuracy on known classes": accuracy, "recipe": finetune}
+    result = {"processor": processor(utils.best_device()), "recipe": finetune, "accuracy on known classes": accuracy}
     print("\n| images of each class | fine-tuned, % | from scratch, % |\n| --- | --- | --- |")
     for per_class in (20, 50, 100):
         row = {"fine-tuned": [trained(finetune, OTHERS, per_class, seed, body)[1] for seed in (1, 2, 3)]}

@@ -22,7 +22,6 @@ from torch.utils.data import SubsetRandomSampler
 import utils
 from image_sets import load_images
 
-ROOT = pathlib.Path(__file__).parent.parent
 SGD = {"name": "SGD", "nesterov": True, "kernel_lr": None}
 LITTLE = {"shift_scale_rotate": 0.02, "cutout": 0.02}
 ARMS = {  # what is changed in resnet-quick as it was, with 0.1 for both of these
@@ -61,6 +60,8 @@ def suggest(trial):
 
 def objective(trial):
     """Accuracy on the validation part after the last epoch, in %."""
+    if trial.study.study_name == "arms" and not trial.user_attrs:
+        raise optuna.TrialPruned  # another process has taken what was waiting
     change = ARMS[trial.user_attrs["arm"]] if trial.user_attrs else suggest(trial)
     utils.seed_everything(trial.user_attrs.get("seed", 1))
     as_it_was = changed(utils.get_recipe("resnet-quick"), {"transforms": dict.fromkeys(LITTLE, 0.1)})
@@ -100,7 +101,7 @@ def main():
     parser.add_argument("--trials", type=int, default=0)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--journal", default=str(ROOT / "benchmarks" / "results" / "search.journal"))
+    parser.add_argument("--journal", default=str(pathlib.Path(__file__).parent / "results" / "search.journal"))
     arguments = parser.parse_args()
     arms, search = open_study("arms", arguments.journal), open_study("recipe", arguments.journal)
     # As attributes, since a parameter's choices are fixed for the life of a study, and arms are added.

@@ -35,8 +35,7 @@ from image_sets import load_images
 from output import write_atomically
 from recipes import RECIPES
 
-ROOT = pathlib.Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = pathlib.Path(__file__).parent / "results"
 EPOCHS_OF = ("s9", "tuned", "resnet")  # recipes whose epochs are timed; the others' differ in augmentation alone
 
 
@@ -188,9 +187,9 @@ def print_table():
         for variant in variants:
             for result in results:
                 ours, plain = (result[measured].get(which, {}).get(quantity) for which in (variant, "plain"))
-                if quantity == "seconds" and ours:
+                if quantity == "seconds" and ours and plain:
                     ours, plain = result["images_per_epoch"] / ours, result["images_per_epoch"] / plain
-                cell = f"{ours:,.0f} ({ours / plain:.1f})" if ours else ""
+                cell = f"{ours:,.0f} ({ours / plain:.1f})" if ours and plain else ""
                 rows.setdefault(f"{what}, {variant}", []).append(cell)
 
     add("data path, images/s per core", "loading", "images_per_second", RECIPES)

@@ -239,7 +239,6 @@ OTHER_RUNS = [  # (what the run was, what it is now, words of the refusal)
     # The state of a schedule would bring its old length back: a cosine would rise again, others stay at zero.
     ({"scheduler": one_cycle, "epochs": 4}, {"scheduler": one_cycle, "epochs": 8}, "total_steps 8 16"),
     ({"scheduler": warm_up_and_fall, "epochs": 4}, {"scheduler": warm_up_and_fall, "epochs": 8}, "T_max"),
-    ({}, {"lr": 0.1}, "base_lrs 0.2 0.1"),  # and the optimizer's state its old learning rate
 ]
 
 
@@ -269,6 +268,8 @@ def test_a_run_opened_again_resumes_with_what_it_has_trained(tmp_path):
         optimizer.step()
         scheduler.step()  # from now on it is not as it was made
         save(run, model, lists, 10.0)
+    optimizer.param_groups[0]["lr"] /= 2  # as the fall of a learning rate leaves it
+    assert len(run.resume(settings, model, optimizer, StepLR(optimizer, 5))[0]) == 3
     with pytest.raises(ValueError, match="step_size"):
         start(tmp_path, step_size=9)
 
