@@ -25,7 +25,7 @@ demo: .venv/installed  ## train on handwritten digits: under a minute, no downlo
 train: .venv/installed  ## the notebook in the terminal: 80 epochs on CIFAR-10, results in runs/s9-cifar10
 	@$(RUN_NOTEBOOK)
 
-test: .venv/installed-dev  ## the tests: a minute or two
+test: .venv/installed-dev  ## the tests: about a minute
 	$(BIN)/python -m pytest -q -rs -n 2
 
 .venv/installed: requirements.txt

@@ -108,7 +108,8 @@ def _made_fast(model, device):
         # Safe on CUDA alone: elsewhere memory may be freed while it is still being copied (pytorch issue 189690).
         images, labels = (part.to(device, non_blocking=cuda) for part in (images, labels))
         images = images.to(memory_format=layout) if images.ndim == 4 else images
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        half = None if dtype == torch.float32 else dtype  # older versions warn of float32 on an Apple GPU
+        with torch.autocast(device.type, dtype=half, enabled=half is not None):
             scores = model(images)
         return scores.float(), labels
 
