@@ -300,8 +300,8 @@ def _fitting(path, otherwise=lambda: None):
     except Exception as error:  # a file may hold anything
         otherwise()
         raise ValueError(
-            f"{path} does not fit ({type(error).__name__}: {error}); nothing was changed. Put back a good copy, or "
-            "model and optimizer as they were; to start afresh, delete it or choose another RUN_NAME"
+            f"{path} does not fit ({type(error).__name__}: {error}); nothing was changed. Put back a good copy, "
+            "model and optimizer as they were, or the code that wrote it; to start afresh, choose another RUN_NAME"
         ) from None
 
 
