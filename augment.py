@@ -1,8 +1,7 @@
 """From an array of images to augmented batches: the transforms, and Albumentations pipelines run on whole batches.
 
-The transforms of this project run as array operations, on the images on which they fire; any other one is called image
-by image. All randomness comes from the generator passed in, not from the pipeline's own state, which repeats itself in
-loader workers (AlbumentationsX issue 266).
+All randomness comes from the generator passed in, not from the pipeline's own state, which repeats itself in loader
+workers (AlbumentationsX issue 266).
 """
 
 import os
@@ -21,12 +20,10 @@ from image_sets import CIFAR10_MEAN, CIFAR10_STD
 
 
 class ShiftScaleRotate(A.ImageOnlyTransform):
-    """Shift, scale and rotate about the centre, as `ShiftScaleRotate` of Albumentations 1.3.1 did it.
+    """Shift, scale and rotate about the centre, as in Albumentations 1.3.1: bilinear, with a reflected border.
 
-    Bilinear interpolation; the border is a reflection that does not repeat the edge pixels (BORDER_REFLECT_101).
-    `A.Affine`, which took its place, shifts by whole pixels only, and its border is black unless told otherwise.
-    Drawn uniformly are the shifts along both axes up to ± shift_limit of the side, the scale from 1 ± scale_limit, and
-    the angle up to ± rotate_limit degrees.
+    Drawn uniformly: the shift along each axis, up to ± shift_limit of the side; the scale, from 1 ± scale_limit; the
+    angle, up to ± rotate_limit degrees. `A.Affine`, which took its place, shifts by whole pixels only.
     """
 
     def __init__(self, shift_limit=0.1, scale_limit=0.2, rotate_limit=15, p=0.5):
@@ -55,16 +52,14 @@ class ShiftScaleRotate(A.ImageOnlyTransform):
 
 
 def get_train_transforms(flip=0.1, shift_scale_rotate=0.1, cutout=0.3, crop_padding=0):
-    """Augmentations, by default those of the original run.
+    """Augmentations, by default those of the original run, from uint8 (32, 32, 3) to float32 (3, 32, 32).
 
     Args:
         flip, shift_scale_rotate: probabilities of a horizontal flip, and of a shift by up to 10 %, a scale of 0.8 to
             1.2 and a rotation by up to 15 degrees.
         cutout: probability of one 16x16 hole in the mean colour, all of it inside the image (after DeVries & Taylor,
             arXiv 1708.04552, whose holes may stick out).
-        crop_padding: pixels of reflected border; a random crop of 32x32 is cut from the image with it; 0 for no crop.
-
-    The pipeline goes from uint8 (32, 32, 3), or any (H, W, 3) without a crop, to float32 (3, H, W).
+        crop_padding: pixels of reflected border, before a random crop back to 32x32; 0 for no crop.
     """
     crop = [A.Pad(padding=crop_padding, border_mode=cv2.BORDER_REFLECT_101), A.RandomCrop(32, 32)]
     mean_colour = tuple(round(255 * mean) for mean in CIFAR10_MEAN)
@@ -105,12 +100,8 @@ def data_of(loader):
 def augment_batch(pipeline, images, rng):
     """Apply an `A.Compose`, or a single Albumentations transform, to each image of a batch.
 
-    Args:
-        images: uint8 array (N, H, W, 3); the caller gives it away, it may be modified.
-        rng: `numpy.random.Generator`, the only source of randomness.
-
-    Returns:
-        Tensor (N, 3, H, W), float32 once the pipeline has `A.Normalize`. All images must come out in one size.
+    images are uint8 (N, H, W, 3), and may be modified; rng is a `numpy.random.Generator`. Returns a tensor
+    (N, 3, H, W), float32 if the pipeline has `A.Normalize`. All images must come out in one size.
     """
     if not isinstance(pipeline, (A.BaseCompose, A.BasicTransform)):
         raise TypeError(f"transforms is a {type(pipeline).__name__}; it must be an albumentations.Compose")
@@ -145,7 +136,6 @@ def _shift_scale_rotate(transform, images, rng):
 
 
 def _coarse_dropout(transform, images, rng):
-    """One hole of any range of sizes in pixels and of any colour."""
     if isinstance(transform.fill, str) or transform.num_holes_range != (1, 1) or transform.hole_height_range[1] < 1:
         return None
     firing = _firing(transform, images, rng)
@@ -161,19 +151,11 @@ def _coarse_dropout(transform, images, rng):
 
 
 def _pad(transform, images, rng):
-    """A reflected border, by slices, which take a fraction of the time of any call for each image."""
     pad, (n, height, width, channels) = transform.padding, images.shape
     if (transform.border_mode, transform.p) != (cv2.BORDER_REFLECT_101, 1) or pad not in range(min(height, width)):
         return None
-    padded = np.empty((n, height + 2 * pad, width + 2 * pad, channels), images.dtype)
-    padded[:, pad : pad + height, pad : pad + width] = images
-    for i in range(1, pad + 1):
-        padded[:, :, pad - i] = padded[:, :, pad + i]
-        padded[:, :, pad + width - 1 + i] = padded[:, :, pad + width - 1 - i]
-    for i in range(1, pad + 1):
-        padded[:, pad - i] = padded[:, pad + i]
-        padded[:, pad + height - 1 + i] = padded[:, pad + height - 1 - i]
-    return padded
+    padded = [cv2.copyMakeBorder(image, pad, pad, pad, pad, cv2.BORDER_REFLECT_101) for image in images]
+    return np.stack(padded).reshape(n, height + 2 * pad, width + 2 * pad, channels)
 
 
 def _random_crop(transform, images, rng):
@@ -182,22 +164,16 @@ def _random_crop(transform, images, rng):
         return None
     tops = rng.integers(0, height - transform.height + 1, n)
     lefts = rng.integers(0, width - transform.width + 1, n)
-    crops = np.empty((n, transform.height, transform.width, images.shape[3]), images.dtype)
-    for crop, image, top, left in zip(crops, images, tops, lefts):
-        crop[:] = image[top : top + transform.height, left : left + transform.width]
-    return crops
+    corners = zip(images, tops, lefts)
+    return np.stack([image[y : y + transform.height, x : x + transform.width] for image, y, x in corners])
 
 
 def _normalize(transform, images, rng):
     if transform.normalization != "standard" or transform.p < 1:
         return None
-    n, height, width, channels = images.shape
-    mean, denominator = (
-        torch.from_numpy(np.tile(np.broadcast_to(values, channels), width))  # as long as a row, to vectorise
-        for values in (transform.mean_np, transform.denominator)
-    )
-    rows = torch.from_numpy(images.reshape(n * height, width * channels)).float()
-    return rows.sub_(mean).mul_(denominator).numpy().reshape(images.shape)
+    planes = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float()  # a plane a channel, to vectorise
+    mean, factor = map(torch.as_tensor, (transform.mean_np, transform.denominator))
+    return planes.sub_(mean.view(-1, 1, 1)).mul_(factor.view(-1, 1, 1)).permute(0, 2, 3, 1).numpy()
 
 
 BATCHED = {
@@ -229,16 +205,13 @@ def _image_by_image(transform, images, rng):
 
 
 class ImageBatches(Dataset):
-    """Images and labels that a `DataLoader` reads a batch at a time, augmented as a batch.
+    """An `image_sets.ImageSet`, with its attributes, that a `DataLoader` reads, and this augments, a batch at a time.
 
-    `dataset[i]` is one (image float32 (3, 32, 32), label) pair. Augmentations are drawn from torch's generator. It has
-    the attributes of the `image_sets.ImageSet` that it is made of; a change of them takes effect in the next epoch.
+    `dataset[i]` is one (image float32 (3, 32, 32), label) pair. Changed attributes take effect in the next epoch.
     """
 
     def __init__(self, image_set, transforms):
-        self.images, self.labels = image_set.images, image_set.labels
-        self.classes, self.name, self.source = image_set.classes, image_set.name, image_set.source
-        self.transforms = transforms
+        vars(self).update(vars(image_set), transforms=transforms)
 
     # torchvision's names of the same
     data = property(lambda self: self.images, lambda self, images: setattr(self, "images", images))

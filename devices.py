@@ -1,12 +1,14 @@
-"""What each device computes best in, and how to make glibc keep freed memory."""
+"""Devices, what they compute best in, and the processes that `torchrun` starts on several of them."""
 
+import atexit
 import ctypes
 import functools
+import os
 import pathlib
+import sys
 
 import torch
-
-from parallel import join_processes, world_size
+from torch import distributed, nn
 
 
 def best_device():
@@ -31,11 +33,7 @@ def autocast_dtype(device):
 
 @functools.cache
 def _faster_in_bfloat16(cpuinfo="/proc/cpuinfo"):
-    """Whether the CPU that Linux describes multiplies bfloat16 faster than float32.
-
-    AMX does, and so does AVX512-BF16 on AMD. On Intel, AVX512-BF16 alone, as in virtual machines that hide AMX, has
-    half the rate of float32.
-    """
+    """Whether Linux says that the CPU has AMX, or is AMD's with AVX512-BF16, which on Intel has half float32's rate."""
     try:
         words = pathlib.Path(cpuinfo).read_text().split("\n\n")[0].split()
     except OSError:  # not Linux
@@ -46,12 +44,12 @@ def _faster_in_bfloat16(cpuinfo="/proc/cpuinfo"):
 def memory_format(model, device):
     """The layout for the model's images: channels_last, which has the faster kernels, if nothing can mind it.
 
-    A `view` of an activation fails in it, in a forward or in a hook. So each module has to be a layer of torch or of a
-    class that says `channels_last = True`, without hooks or a forward of its own. Not on Apple's GPUs, where it makes
-    the gradients of batch normalisation wrong (pytorch issue 175189).
+    A `view` of an activation fails in it, so each module has to be a layer of torch, or of a class that says
+    `channels_last = True`, without hooks or a forward of its own. On Apple's GPUs it makes the gradients of batch
+    normalisation wrong (pytorch issue 175189).
     """
     own = ("forward", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    for module in model.modules():
+    for module in unwrap(model).modules():
         known = type(module).__module__.startswith("torch.nn.modules.") or vars(type(module)).get("channels_last")
         if not known or any(vars(module).get(name) for name in own):
             return torch.contiguous_format
@@ -68,3 +66,71 @@ def keep_freed_memory():
             libc.mallopt(-1, 2**31 - 1)
     except (OSError, AttributeError):
         pass  # another C library, which has its own way
+
+
+def unwrap(model):
+    """The network inside `DataParallel`, `DistributedDataParallel` and `torch.compile`, in any order."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):  # torch.compile
+            model = model._orig_mod
+        else:
+            return model
+
+
+def join_processes():
+    """Join the other processes, if `torchrun` has started this one; all but the first are silent from now on."""
+    if not distributed.is_available() or not distributed.is_torchelastic_launched() or distributed.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if torch.cuda.is_available() and distributed.is_nccl_available() else "gloo")
+    atexit.register(_leave_processes)
+    if rank():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def _leave_processes():
+    if distributed.is_initialized() and not hasattr(sys, "last_value"):  # after an error it would wait for the others
+        distributed.destroy_process_group()
+
+
+def world_size():
+    """Number of processes."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank():
+    """Number of this process, from 0."""
+    return distributed.get_rank() if world_size() > 1 else 0
+
+
+def gather(value):
+    """What each process has, in a list, the same in all of them."""
+    if world_size() == 1:
+        return [value]
+    gathered = [None] * world_size()
+    distributed.all_gather_object(gathered, value)
+    return gathered
+
+
+def begin_epoch(model, loader):
+    """Give all processes the weights and running statistics of the first, and one new order of the images."""
+    if world_size() == 1:
+        return
+    for value in unwrap(model).state_dict().values():
+        distributed.broadcast(value, 0)
+    if hasattr(sampler := getattr(loader, "sampler", None), "set_epoch"):
+        sampler.set_epoch(gather(int(torch.randint(2**31, ())))[0])
+
+
+def average_gradients(model):
+    """Give all processes the mean of their gradients; after a `DistributedDataParallel` it changes nothing."""
+    if world_size() == 1:
+        return
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(total.view_as(gradient) / world_size())

@@ -4,14 +4,13 @@ import functools
 import math
 import operator
 import time
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from devices import gather
 from output import progress_bar
-from parallel import gather
 
 
 class Tally:
@@ -41,8 +40,8 @@ class Tally:
         for batch, loss in enumerate(losses, start=1):
             if not math.isfinite(loss):
                 raise FloatingPointError(
-                    f"{self.what}, batch {batch}: the loss is {loss}. Look for non-finite values in data and weights, "
-                    "or go on from the last checkpoint with a smaller learning rate"
+                    f"{self.what}, batch {batch}: the loss is {loss}; try a smaller learning rate, or look for values "
+                    "that are not finite in data and weights"
                 )
         return sum(loss * size for loss, size in zip(losses, self.sizes)), int(self.correct), sum(self.sizes)
 
@@ -66,16 +65,8 @@ def class_indices(labels):
     return labels.argmax(dim=1) if labels.ndim > 1 else labels
 
 
-class Misclassified(NamedTuple):
-    """A sample that the model got wrong: image float32 (3, H, W) and two classes, 0-d int64 tensors, on the CPU."""
-
-    image: torch.Tensor
-    true: torch.Tensor
-    predicted: torch.Tensor
-
-
 class MisclassifiedSamples(list):
-    """What `test` returns: a list of `Misclassified`, with the transforms of the tested images."""
+    """What `test` returns: [(image float32 (3, H, W), true, predicted: 0-d int64)] on the CPU, and their transforms."""
 
     def __init__(self, samples=(), transforms=None):
         super().__init__(samples)
@@ -90,7 +81,7 @@ class MisclassifiedSamples(list):
         images, labels, predictions = images.cpu(), class_indices(labels).cpu(), predictions.cpu()
         wrong = predictions != labels
         for sample in zip(images[wrong], labels[wrong], predictions[wrong]):
-            self.append(Misclassified(*map(torch.clone, sample)))  # a view would keep, and save, the whole batch
+            self.append(tuple(map(torch.clone, sample)))  # a view would keep, and save, the whole batch
 
 
 def check_first_batch(model, criterion, scores, labels):
@@ -106,14 +97,11 @@ def check_first_batch(model, criterion, scores, labels):
     takes_logs = function is F.nll_loss or isinstance(function, nn.NLLLoss)
     if takes_logs or function is F.cross_entropy or isinstance(function, nn.CrossEntropyLoss):
         if are_probabilities(scores):
-            raise ValueError(
-                "the model returns probabilities, and the loss takes the logarithm of a softmax; let the model return "
-                'scores, without any softmax, and train with get_loss("cross_entropy")'
-            )
+            raise ValueError('the model ends in a softmax; remove it, and train with get_loss("cross_entropy")')
         if takes_logs and (scores.logsumexp(dim=1).abs() > 0.1).any():
             raise ValueError(
-                "the model returns scores that are not log-probabilities, and the loss is the negative log-likelihood; "
-                'train with get_loss("cross_entropy"), or end the model in log_softmax'
+                "the model returns scores, and the loss takes log-probabilities; train with "
+                'get_loss("cross_entropy"), or end the model in log_softmax'
             )
 
 
@@ -134,8 +122,8 @@ def check_optimizer(model, optimizer, criterion, scheduler, loader):
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p not in held]
     if missing and held - own:
         raise ValueError(
-            f"the optimizer lacks {missing[0]} of this model and holds parameters of another; it was made for another "
-            "model, or before a layer was replaced. Make it again, with get_optimizer(model, ...)"
+            f"the optimizer lacks {missing[0]} of this model and holds parameters of another, as before a layer was "
+            "replaced; make it again, with get_optimizer(model, ...)"
         )
     if scheduler is None:
         return
@@ -146,7 +134,6 @@ def check_optimizer(model, optimizer, criterion, scheduler, loader):
         made_for = getattr(part, "steps_per_epoch", None)
         if made_for and batches and made_for != batches:
             raise ValueError(
-                f"train steps its scheduler after every batch, of which the loader has {batches}, and this "
-                f"{type(part).__name__} was made for {made_for} an epoch. Make it with get_scheduler(..., "
-                "steps_per_epoch=len(train_loader)), or step it yourself after each epoch and do not give it to train"
+                f"the scheduler, {type(part).__name__}, is made for {made_for} steps an epoch, and there are {batches} "
+                "batches; make it with steps_per_epoch=len(train_loader), or step it yourself after each epoch"
             )

@@ -7,11 +7,7 @@ dependencies = ["torch", "torchvision", "albumentations"]
 
 
 def _entry(name):
-    def network():
-        return _load_network(name)[0]
-
-    network.__doc__ = f"The network with the weights {name!r}, in evaluation mode on the CPU."
-    return network
+    return lambda: _load_network(name)[0]
 
 
 globals().update({name.replace("-", "_"): _entry(name) for name in _shipped()})

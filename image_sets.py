@@ -33,23 +33,19 @@ class ImageSet:
 
 
 def load_images(dataset, split, root=None):
-    """Load one split of a data set into memory and print one line saying where it came from.
+    """Load one split, "train" or "test", of "cifar10" or "digits" into memory, in an order that is always the same.
 
-    "cifar10" is the first of these that exists:
+    "cifar10" is the first of these that exists in root (by default the environment variable CIFAR10_ROOT, else ./data):
 
-    1. images in `<root>/train/<class>/` and `<root>/test/<class>/`, of any classes and of the formats that
-       `torchvision.datasets.ImageFolder` reads; decoded once and cached as `<root>/.train-32px.pt`
-    2. the official batches, `<root>/cifar-10-batches-py`
-    3. the official archive, `<root>/cifar-10-python.tar.gz`, downloaded if need be
+    1. images in `train/<class>/` and `test/<class>/`, of any classes, sizes and formats that
+       `torchvision.datasets.ImageFolder` reads; decoded once and cached as `.train-32px.pt`
+    2. the official batches, `cifar-10-batches-py`
+    3. the official archive, `cifar-10-python.tar.gz`, downloaded if need be
 
     "digits" is scikit-learn's 1,797 8x8 handwritten digits, enlarged: no download, a sample to try things on.
 
-    The root is by default the environment variable CIFAR10_ROOT, else ./data, made if need be. The order of the images
-    is always the same.
-
     Raises:
-        ValueError: unknown dataset or split, a root that is not there or holds something else, or data that is
-            incomplete or damaged (the message names the files).
+        ValueError: unknown dataset or split, a root that holds something else, or data that is incomplete or damaged.
         OSError: a class without images, a link to nothing, a folder that cannot be written.
         download.DownloadError: the archive could not be downloaded, or is not the official one.
 
@@ -69,9 +65,8 @@ def load_images(dataset, split, root=None):
         usable = any(name.startswith("cifar-10") for name in found) or (root.is_dir() and not found)
         if named and not usable:
             raise ValueError(
-                f"{root.absolute()} {f'holds {_some(found)}' if found else 'is no folder'}; name one that has "
-                f"train/<class>/ and test/<class>/ with images, {download.FOLDER_NAME}/ or {download.ARCHIVE_NAME}, or "
-                "an empty one to download CIFAR-10 into"
+                f"{root.absolute()} {f'holds {_some(found)}' if found else 'is no folder'}; name one with "
+                f"train/<class>/ and test/<class>/, {download.FOLDER_NAME}/ or {download.ARCHIVE_NAME}, or an empty one"
             )
         loaded = _load_official(root, split)
     print(f"{split}: {len(loaded.labels):,} images in {len(loaded.classes)} classes from {loaded.source}")
@@ -94,7 +89,7 @@ def split_validation(labels, per_class=500):
 
 
 def _some(names):
-    return ", ".join(names[:5]) + (f", … ({len(names):,} in all)" if len(names) > 5 else "")
+    return (", ".join(names[:5]) or "none") + (f", … ({len(names):,} in all)" if len(names) > 5 else "")
 
 
 # ---- a folder of images ----------------------------------------------------------------------------------------
@@ -104,25 +99,22 @@ def _load_folder(root, split):
     from torchvision.datasets import ImageFolder  # slow to import, and not needed for the digits
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    passed_over = 0
+    passed_over = []
 
     def is_image(path):
         """Not such as a Mac and Jupyter make, whose names begin with a dot, in the class folder or below."""
-        nonlocal passed_over
         wanted = path.lower().endswith(IMG_EXTENSIONS) and f"{os.sep}." not in path[len(str(root / split)) :]
-        passed_over += not wanted
-        return wanted
+        return wanted or passed_over.append(path)
 
-    names = {part: {path.name for path in (root / part).glob("*/")} for part in SPLITS}
-    missing, extra = names["train"] - names["test"], names["test"] - names["train"]
-    if missing or extra:
+    train, test = ({path.name for path in (root / part).glob("*/")} for part in SPLITS)
+    if train != test:
         raise ValueError(
-            f"{root / 'test'} must have the classes of {root / 'train'}: missing {_some(sorted(missing)) or 'none'}, "
-            f"extra {_some(sorted(extra)) or 'none'}; add, rename or delete folders until they agree"
+            f"train/ and test/ in {root} must have the same classes; only in train/: {_some(sorted(train - test))}; "
+            f"only in test/: {_some(sorted(test - train))}"
         )
     folder = ImageFolder(root / split, is_valid_file=is_image)
     if passed_over:
-        print(f"{root / split}: passed over {passed_over:,} files of other kinds")
+        print(f"{root / split}: passed over {len(passed_over):,} files of other kinds")
     images = _decode(root, split, [path for path, _ in folder.samples])
     labels, source = np.array(folder.targets, dtype=np.int64), f"image folder {root / split}"
     return ImageSet(images, labels, tuple(folder.classes), root.resolve().name, source)
@@ -136,25 +128,22 @@ def _decode(root, split, paths):
         fingerprint.update(os.fsencode(f"{path[len(str(root)) :]}\0{status.st_size}\0{status.st_mtime_ns}\n"))
     cache, fingerprint = root / f".{split}-{IMAGE_SIZE}px.pt", fingerprint.hexdigest()
     try:
-        stored = load_weights(cache)
+        stored = load_weights(cache) if cache.exists() else {"fingerprint": None}
         if stored["fingerprint"] == fingerprint:
             return stored["images"].numpy()
-    except FileNotFoundError:
-        pass
     except Exception as error:  # whatever is wrong with it, the images can be decoded anew
         print(f"{cache} cannot be used ({type(error).__name__}): decoding anew")
     images = np.empty((len(paths), IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-    bad, reason, resized = [], "", 0
+    bad, resized = {}, 0
     for i, path in enumerate(progress_bar(paths, desc=f"decoding {split}", unit=" images")):
         try:
             with Image.open(path, formats=FORMATS) as image:
                 resized += image.size != (IMAGE_SIZE, IMAGE_SIZE)
                 images[i] = to_rgb(image)
         except Exception as error:  # a damaged file can make Pillow raise nearly anything
-            reason = reason or f"{type(error).__name__}: {error}"
-            bad.append(path)
+            bad[path] = error
     if bad:
-        raise ValueError(f"cannot read {_some(bad)} (the first: {reason}); replace or delete what is damaged")
+        raise ValueError(f"cannot read {_some([*bad])} (the first: {next(iter(bad.values()))}); replace or delete them")
     if resized:
         print(f"{root / split}: {resized:,} images resized to {IMAGE_SIZE}x{IMAGE_SIZE}")
     try:
@@ -165,11 +154,10 @@ def _decode(root, split, paths):
 
 
 def to_rgb(image):
-    """Bring a PIL image of any mode and size to uint8 (32, 32, 3).
+    """Bring a PIL image of any mode and size to uint8 (32, 32, 3), squeezed if it is not square.
 
-    Transparency goes over white, 16-bit and floating-point grey (from 0 to 1, else ValueError) is scaled to 8 bits, a
-    camera's rotation tag is applied, and another size is resized with antialiased bilinear (not cropped, so a picture
-    that is not square is squeezed).
+    Transparency goes over white, 16-bit and floating-point grey (from 0 to 1, else ValueError) is scaled to 8 bits, and
+    a camera's rotation tag is applied.
     """
     image.load()
     with contextlib.suppress(Exception):  # it writes all tags anew, and fails on odd ones, which say nothing of pixels

@@ -11,18 +11,15 @@ from torch import nn, optim
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import lr_scheduler
 
-from parallel import unwrap
+from devices import unwrap
 
 
 class MuonSGD(optim.Optimizer):
     """SGD with Nesterov momentum; for groups with `muon=True`, Muon (Jordan et al., "Muon", 2024).
 
-    Muon reads a kernel (out, in, k, k) as a matrix (out, in * k * k) and makes its step orthogonal: all directions
-    change alike, not mostly those of large gradients. The step does not change the norm of the kernel: behind a
-    normalisation only its direction matters.
-
-    Parameters are float32, those of groups with `muon=True` of at least two dimensions. A step of Muon is lr times as
-    long as the kernel, whose norm no weight decay changes.
+    Muon reads a kernel, float32 (out, in, k, k), as a matrix (out, in * k * k) and makes its step orthogonal: all
+    directions change alike, not mostly those of large gradients. The step is lr times as long as the kernel, whose norm
+    neither it nor weight decay changes: behind a normalisation only the direction of a kernel matters.
     """
 
     def __init__(self, params, lr=0.01, momentum=0.9, weight_decay=0.0):
@@ -112,26 +109,22 @@ OPTIMIZERS = [kind for kind in _classes(optim, optim.Optimizer) if kind.__name__
 SCHEDULERS = _classes(lr_scheduler, lr_scheduler.LRScheduler)
 
 
-def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, decay="all", kernel_lr=None, **options):
+def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, decay="all", kernel_lr=None, **options):
     """Any optimizer of `torch.optim` that steps by gradients alone, or `MuonSGD`, by name, for all parameters.
 
     Args:
         lr, momentum: the same defaults for every optimizer, whatever its own are; momentum goes to those that take one.
-        weight_decay: by default the optimizer's own.
-        decay: which parameters the weight decay applies to, "all", or "weights": those of layers with weights, such as
-            convolutions, but neither biases nor scales and shifts.
+        decay: what weight_decay applies to: "all" parameters, or "weights", which leaves out biases, scales and shifts.
         kernel_lr: of MuonSGD, the learning rate of Muon, by default lr / 15. Muon trains the kernels of convolutions
             without bias, but neither depthwise nor all-zero ones, nor those of the layer that the network registers
-            last, its classifier; SGD trains the rest, all of a network that has no such kernels.
-        options: go to the optimizer.
+            last, its classifier; SGD trains the rest.
+        options: go to the optimizer, such as weight_decay.
     """
     name, lr = options.pop("optname", name), options.pop("learningrate", lr)  # the names of the original code
     momentum = options.pop("momentumval", momentum)
     kind, model = _named(name, "optimizer", OPTIMIZERS), unwrap(model)
     if "momentum" in inspect.signature(kind).parameters:
         options["momentum"] = momentum
-    if weight_decay is not None:
-        options["weight_decay"] = weight_decay
     kernels = _muon_kernels(model) if kind is MuonSGD else []
     layers = [module for module in model.modules() if isinstance(module, WITH_WEIGHTS)]
     weights = {p for layer in layers for name, p in layer.named_parameters() if "bias" not in name}
@@ -153,16 +146,14 @@ def get_scheduler(optimizer, size_or_name=None, gamma=None, name="StepLR", epoch
     """A scheduler of `torch.optim.lr_scheduler` by name; what it counts is given in epochs.
 
     Args:
-        size_or_name: step_size, epochs between two falls of the learning rate (for StepLR by default 10); or the name,
-            by analogy with `get_optimizer`.
+        size_or_name: step_size, epochs between two falls of the learning rate (for StepLR by default 10), or the name.
         gamma: factor of a fall; for StepLR by default 0.1.
         name: a bool in its place, the original's `verbose`, is passed over.
         epochs: length of the run, for the schedulers that need one.
         steps_per_epoch: 1 for a scheduler to be stepped after every epoch; the number of batches, `len(train_loader)`,
             for one to be stepped after every batch, as `train` does with the scheduler that it is given.
-        options: go to the scheduler; T_max, T_0, total_iters, milestones, step_size_up and step_size_down count epochs,
-            OneCycleLR's total_steps counts steps. max_lr is by default the learning rate of each of the optimizer's
-            groups.
+        options: go to the scheduler; T_max, T_0, total_iters, milestones, step_size_up and step_size_down in epochs.
+            max_lr is by default the learning rate of each of the optimizer's groups.
 
     Raises:
         ValueError: unknown name; a scheduler that has no length in epochs and so cannot be stepped after every batch;
@@ -202,8 +193,10 @@ def get_scheduler(optimizer, size_or_name=None, gamma=None, name="StepLR", epoch
         if given[key] is not None:  # whole ones, as torch waits for a step that is equal
             given[key] = np.rint(np.array(given[key]) * steps_per_epoch).astype(int).tolist()
     scheduler = kind(optimizer, **given)
-    # What nobody else can know: `train` refuses a scheduler that was made for another number of batches, or for epochs.
+    # What nobody else can know: `train` refuses a scheduler that was made for another number of batches, or for epochs,
+    # and a run resumes only with one of the same length.
     scheduler.steps_per_epoch = steps_per_epoch if "total_steps" not in given else None
+    scheduler.epochs = epochs if {"epochs", "T_max", "total_iters"} & given.keys() else None
     return scheduler
 
 

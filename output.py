@@ -10,7 +10,7 @@ import zipfile
 import torch
 from tqdm.auto import tqdm
 
-from parallel import rank
+from devices import rank
 
 
 def write_atomically(path, data):
@@ -39,11 +39,9 @@ def serialized(value):
 
 
 def load_weights(path):
-    """Read a file of tensors that `torch.save` wrote, after a check of its checksums; no code in it is ever run.
+    """Read a file of tensors and plain values that `torch.save` wrote; no code in it is ever run.
 
-    Raises:
-        OSError: the file cannot be read, or there is none.
-        ValueError: the file is damaged, or holds more than tensors and plain values.
+    Raises ValueError if it is damaged, which its checksums show, or holds something else; OSError if there is none.
     """
     with open(path, "rb") as file:  # whatever goes wrong from here on is in the bytes
         try:
@@ -56,8 +54,7 @@ def load_weights(path):
         except Exception as error:  # whatever zipfile, pickle and torch find wrong in arbitrary bytes
             reason = "it holds more than tensors" if "weights_only" in str(error) else str(error).split("\n")[0]
     raise ValueError(
-        f"{path} is damaged or not a file of tensors that torch.save wrote ({reason}). Nothing was changed; put back a "
-        "good copy, or delete it to start afresh"
+        f"{path} is damaged or no file of tensors that torch.save wrote ({reason}); put back a good copy or delete it"
     )
 
 

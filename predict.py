@@ -1,9 +1,4 @@
-"""Class names and probabilities for any pictures, in Python or in a terminal.
-
-predict(Model.from_pretrained("tuned"), ["cat.jpg", "truck.png"])
-
-python predict.py cat.jpg truck.png
-"""
+"""Class names and probabilities for any pictures, in Python or in a terminal: `python predict.py cat.jpg truck.png`."""
 
 import argparse
 import glob
@@ -17,10 +12,10 @@ import torch
 from PIL import Image
 
 from augment import augment_batch, get_test_transforms
+from devices import unwrap
 from epoch import as_probabilities
 from image_sets import CIFAR10_CLASSES, FORMATS, to_rgb
 from output import save_figure
-from parallel import unwrap
 from pretrained import shipped
 from recipes import load_network
 
@@ -41,11 +36,9 @@ class Prediction(NamedTuple):
 
 
 def class_names(label_map):
-    """The names of the classes, in the order of their labels.
+    """The names of the classes, in the order of their labels, which are 0, 1, 2, ..., else ValueError.
 
-    Args:
-        label_map: a list of names in this order, {name: label}, as the loaders give, or {label: name}; the labels are
-            0, 1, 2, ..., one for each name, else ValueError.
+    label_map is a list of names in this order, {name: label}, as the loaders give, or {label: name}.
     """
     pairs = dict(enumerate(label_map)) if isinstance(label_map, (list, tuple)) else dict(label_map)
     if set(pairs.values()) == set(range(len(pairs))):
@@ -53,13 +46,12 @@ def class_names(label_map):
     names = [str(pairs[label]) for label in range(len(pairs)) if label in pairs]
     if len({*names}) < len(pairs):
         raise ValueError(
-            f"{label_map!r} does not say the class of each label; it must be a list of names, {{name: label}} or "
-            f"{{label: name}}, with each name once and the labels 0, 1, 2, ..."
+            f"{label_map!r} does not say the class of each label; give a list of names, or {{name: label}} with labels "
+            "0, 1, 2, ..."
         )
     return names
 
 
-@torch.no_grad()
 def predict(model, images, classes=CIFAR10_CLASSES, transforms=None):
     """Classify pictures of any size and mode; each is brought to 32x32 RGB, squeezed if it is not square.
 
@@ -72,10 +64,7 @@ def predict(model, images, classes=CIFAR10_CLASSES, transforms=None):
         transforms: an `albumentations.Compose` that normalises as in training, by default `get_test_transforms()`.
 
     Returns:
-        A list of `Prediction`, one per picture, with probabilities that sum to 1.
-
-    Raises:
-        FileNotFoundError, ValueError, TypeError: something that is not a picture; says which.
+        A list of `Prediction`; OSError, ValueError or TypeError for what is not a picture.
     """
     classes = class_names(classes)
     if isinstance(images, (str, os.PathLike, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):
@@ -84,13 +73,19 @@ def predict(model, images, classes=CIFAR10_CLASSES, transforms=None):
     if not pixels:
         return []
     images = augment_batch(transforms or get_test_transforms(), np.stack(pixels), np.random.default_rng(0))
+    rows = probabilities(model, images).tolist()
+    if len(rows[0]) != len(classes):
+        raise ValueError(f"the model has {len(rows[0])} outputs and {len(classes)} class names were given")
+    return [Prediction(classes[int(np.argmax(row))], max(row), dict(zip(classes, row))) for row in rows]
+
+
+@torch.no_grad()
+def probabilities(model, images):
+    """Probabilities (N, classes), on the CPU, of normalised images float (N, 3, H, W)."""
     model = unwrap(model).eval()  # torch.compile would compile anew for each number of pictures
     parameter = next(model.parameters(), torch.empty(0))
-    scores = torch.cat([model(batch.to(parameter)).float() for batch in images.split(256)])  # memory for 256
-    if scores.shape[1] != len(classes):
-        raise ValueError(f"the model has {scores.shape[1]} outputs and {len(classes)} class names were given")
-    rows = as_probabilities(scores).tolist()
-    return [Prediction(classes[int(np.argmax(row))], max(row), dict(zip(classes, row))) for row in rows]
+    scores = [model(batch.to(parameter)).float().cpu() for batch in images.split(256)]  # memory for 256
+    return as_probabilities(torch.cat(scores))
 
 
 def _as_pil(image):
@@ -115,9 +110,8 @@ def post_predictions(pictures, predictions, path=None):
     """Pictures, in any form that `predict` takes, each above its three most probable classes."""
     columns = min(len(pictures), 6)
     rows = -(-len(pictures) // columns)
-    figure, axes = plt.subplots(
-        2 * rows, columns, figsize=(2.3 * columns, 3.6 * rows), squeeze=False, layout="constrained"
-    )
+    size = (2.3 * columns, 3.6 * rows)
+    figure, axes = plt.subplots(2 * rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for number, (picture, prediction) in enumerate(zip(pictures, predictions)):
@@ -126,15 +120,13 @@ def post_predictions(pictures, predictions, path=None):
         below.axis("on")
         for position, (name, probability) in enumerate(prediction.best()):
             below.barh(-position, 100 * probability, color="tab:green", alpha=0.4)
-            below.text(3, -position, f"{name} {probability:.1%}".replace("$", r"\$"), va="center", fontsize=11)
+            below.text(3, -position, f"{name} {probability:.1%}", va="center", fontsize=11, parse_math=False)
         below.set(xlim=(0, 100), yticks=[], xlabel="probability (%)")
     return save_figure(figure, path)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=f"Classify pictures. The weights that ship know {', '.join(CIFAR10_CLASSES)}."
-    )
+    parser = argparse.ArgumentParser(description=f"Classify pictures, by default as {', '.join(CIFAR10_CLASSES)}.")
     parser.add_argument("pictures", nargs="+", metavar="picture", help="an image file of any size")
     names = ", ".join(shipped())
     parser.add_argument("--weights", help=f"{names} (default: the first), or runs/<name>/last.pt of a run of your own")
@@ -150,11 +142,10 @@ def main():
         for picture in sorted(glob.glob(name)) or [name]:  # which Windows' shells do not expand
             try:
                 [shown[picture]] = predict(model, picture, classes)
+                print(f"{picture}: {shown[picture]}")
             except (OSError, ValueError) as error:
                 print(error, file=sys.stderr)
                 failed = True
-            else:
-                print(f"{picture}: {shown[picture]}")
     if arguments.show and shown:
         post_predictions([*shown], [*shown.values()], arguments.show)
     sys.exit(failed)

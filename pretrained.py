@@ -1,13 +1,15 @@
-"""The trained weights that ship in `weights/`, each beside a JSON that says where they come from."""
+"""Trained weights, each beside a JSON that says where they come from: those in `weights/`, and those of runs."""
 
 import json
 import pathlib
+from importlib.metadata import version
 
 import numpy as np
 import torch
 from torch import nn
 
 from output import load_weights
+from runs import printed
 
 WEIGHTS = pathlib.Path(__file__).parent / "weights"
 
@@ -18,12 +20,20 @@ def shipped():
     return sorted(names, key=lambda name: -provenance(name)["test_accuracy_percent"])
 
 
-def provenance(name):
-    """What is known of the weights `weights/<name>.pt`: recipe, images, versions, accuracy, as a dict."""
+def _files(weights):
+    """(weights, JSON) of weights that ship, by name, or of a run, by the path of its last.pt or best.pt."""
+    path = pathlib.Path(weights)
+    of_run = path, path.with_name("run.json")
+    return of_run if path.suffix == ".pt" else (WEIGHTS / f"{weights}.pt", WEIGHTS / f"{weights}.json")
+
+
+def provenance(weights):
+    """What is known of weights, {"hyperparameters": ..., "versions": ...}; ValueError if nothing is."""
     try:
-        return json.loads((WEIGHTS / f"{name}.json").read_text())
-    except FileNotFoundError:
-        raise ValueError(f"no weights {name!r} in {WEIGHTS}; there is {', '.join(shipped())}") from None
+        return json.loads(_files(weights)[1].read_text())
+    except (OSError, ValueError):
+        names = ", ".join(shipped())
+        raise ValueError(f"no weights {weights}; there is {names}, and runs/<name>/last.pt with its run.json") from None
 
 
 def scores_of(model):
@@ -33,26 +43,30 @@ def scores_of(model):
 
 
 class Pretrained(nn.Module):
-    """A network of which there are trained weights, named for the recipe that they were trained by."""
+    """A network of which there are trained weights."""
 
     @classmethod
-    def from_pretrained(cls, name):
-        """The network with the weights `weights/<name>.pt`, in evaluation mode on the CPU.
+    def from_pretrained(cls, weights):
+        """The network with weights that ship, such as "tuned", or of a run's last.pt, in evaluation mode on the CPU.
 
         Raises:
-            ValueError: no weights of that name, or of another network, or the network was changed since.
+            ValueError, OSError: no such weights, damaged ones, or of another network, or the network was changed since.
         """
-        stated = provenance(name)
-        trained, weights = stated["hyperparameters"], load_weights(WEIGHTS / f"{name}.pt")
-        model = cls(dropout_value=trained["dropout"])
+        known, state = provenance(weights), load_weights(_files(weights)[0])
+        trained = known["hyperparameters"]
+        model = cls(trained["dropout"], len(trained["classes"].split("/")))
         try:
-            model.load_state_dict(weights)
-            fits = np.allclose(scores_of(model), stated["scores"], atol=0.05)  # processors round differently
+            model.load_state_dict(state)
+            if "scores" in known:
+                fits = np.allclose(scores_of(model), known["scores"], atol=0.05)  # processors round differently
+            else:  # SyncBatchNorm, of a run on several GPUs, computes the same; another torch may print otherwise
+                fits = printed(model) == known["network"].replace("SyncBatchNorm", "BatchNorm2d")
+                fits = fits or known["versions"]["torch"] != version("torch")
         except (RuntimeError, ValueError):  # other shapes
             fits = False
         if not fits:
             raise ValueError(
-                f"the weights {name!r} do not fit {cls.__name__}: they are of {trained['model']}, or the network was "
-                "changed after they were trained. Train it anew, and load_state_dict the weights of that run"
+                f"the weights {weights} do not fit {cls.__name__}: they are of {trained['model']}, or it was changed; "
+                "train it anew"
             )
-        return model
+        return model.eval()

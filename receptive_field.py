@@ -10,18 +10,18 @@ import numpy as np
 import torch
 from torch import nn
 
+from devices import unwrap
 from output import save_figure, scrolled
-from parallel import unwrap
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 LAYERS = (*CONVOLUTIONS, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
 class Row(NamedTuple):
-    """A convolution or pooling: its name, what it is, the side of its output, and in input pixels what one output sees.
+    """A convolution or pooling, and the side of its output.
 
-    `jump` is the distance between neighbouring outputs, and `receptive_field` is how far one sees across. Both are None
-    where there is a single output, or every output sees the whole image.
+    In input pixels, `jump` is from one output to the next, and `receptive_field` is how far one sees across. Both are
+    None where there is a single output, or every output sees the whole image.
     """
 
     name: str
@@ -61,10 +61,10 @@ def receptive_field(model, input_size=32):
         input_size: side of the square input in pixels.
 
     Returns:
-        A `ReceptiveFieldTable`, a list of `Row` in the order of execution that prints as a table.
+        A `ReceptiveFieldTable`: a `Row` for each layer, in the order of execution.
 
     Raises:
-        ValueError: a network without Conv2d, or with a step that enlarges the image or in which a NaN is lost.
+        ValueError: a network without convolutions, or with a step that enlarges the image or loses a NaN.
 
     Example:
         >>> receptive_field(nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3))).total
@@ -72,13 +72,12 @@ def receptive_field(model, input_size=32):
     """
     # In float64, whose kernels mix no columns that the convolution does not, as the faster ones for float32 do.
     model = copy.deepcopy(unwrap(model)).cpu().double().eval()
-    channels = _channels(model)
 
     def layers(width, left=None):
-        """Of an image of zeros, or of NaN where `left` (N, width) says so."""
-        images = torch.zeros(1, channels, input_size, width, dtype=torch.float64)
-        images = images if left is None else images.where(~left[:, None, None], math.nan)
-        return _nans(model, images, one_size=width == input_size)
+        """Of an image of zeros, or of some that are NaN where `left` (N, width) says so."""
+        left = torch.zeros(1, width, dtype=torch.bool) if left is None else left
+        images = torch.zeros(len(left), _channels(model), input_size, width, dtype=torch.float64)
+        return _nans(model, images.masked_fill(left[:, None, None], math.nan), one_size=width == input_size)
 
     def both_sides(width, edges):
         """Of each layer, bool (edges, columns), which outputs see both sides of an edge, at so many places."""
@@ -89,10 +88,9 @@ def receptive_field(model, input_size=32):
         """Of each layer, whether no output sees from an edge in the middle to the border."""
         return [not both[:, [0, -1]].any() for both in both_sides(width, 1)]
 
-    sizes = [nans.shape[-1] for _, nans in layers(input_size)]
     width, wider, jumps = 2 * input_size, 64, [None]
     if not layers(width):
-        raise ValueError(f"receptive_field needs wider images than {input_size} pixels, which the network cannot take")
+        raise ValueError(f"{type(model).__name__} has no convolution of images wider than {input_size} pixels")
     for name, nans in layers(width, torch.ones(1, width, dtype=torch.bool)):
         if not nans[:, nans.shape[1] // 2].all():
             raise ValueError(f"receptive_field cannot see through {name}: of an image of NaN, it makes numbers")
@@ -106,11 +104,10 @@ def receptive_field(model, input_size=32):
     before, measured = [], inside(width)
     while measured != before and not all(measured):  # some layers see all of any width
         width, before, measured = 2 * width, measured, inside(2 * width)
-    edges = math.lcm(*filter(None, jumps))
-    rows = ReceptiveFieldTable()
-    for (name, _), size, jump, whole, both in zip(layers(width), sizes, jumps, measured, both_sides(width, edges)):
+    edges, rows = math.lcm(*filter(None, jumps)), ReceptiveFieldTable()
+    for (name, nans), jump, whole, both in zip(layers(input_size), jumps, measured, both_sides(width, edges)):
+        size, layer = nans.shape[-1], model.get_submodule(name)
         field = 1 + math.ceil(int(both.sum()) * jump / edges) if jump and size > 1 and whole else None
-        layer = model.get_submodule(name)
         rows.append(Row(name, _described(layer), size, field and jump, field))
         if field and isinstance(layer, CONVOLUTIONS):
             rows.total = max(rows.total, field)
@@ -129,10 +126,7 @@ def _described(layer):
 
 
 def _channels(model):
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    if first is None:
-        raise ValueError(f"{type(model).__name__} has no Conv2d; receptive_field is of convolutional networks")
-    return first.in_channels
+    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
 
 
 def _nans(model, images, one_size):
@@ -149,21 +143,18 @@ def _nans(model, images, one_size):
     return outputs
 
 
-def post_receptive_field(model, rows, images=None, path=None):
+def post_receptive_field(model, rows, path=None):
     """What an output sees: the theoretical receptive field layer by layer, and below it the effective one.
 
     The effective field is the mean absolute gradient of the centre output of the last layer before global pooling with
-    respect to the input (Luo et al., NeurIPS 2016), over a batch of images (N, channels, H, W), by default noise of a
-    size that holds the whole theoretical field. `rows` is what `receptive_field(model)` returned.
+    respect to the input (Luo et al., NeurIPS 2016), over noise of a size that holds the whole theoretical field.
+    `rows` is what `receptive_field(model)` returned.
     """
     model = copy.deepcopy(unwrap(model)).cpu().float().eval()
     rows = [row for row in rows if row.receptive_field is not None]
-    last = rows[-1]
-    if images is None:
-        side = last.receptive_field + 2 * last.jump + 1
-        images = torch.randn(8, _channels(model), side, side, generator=torch.Generator().manual_seed(0))
-    images = images.detach().cpu().contiguous().requires_grad_()
-    outputs = []
+    last, generator, outputs = rows[-1], torch.Generator().manual_seed(0), []
+    side = last.receptive_field + 2 * last.jump + 1
+    images = torch.randn(8, _channels(model), side, side, generator=generator).requires_grad_()
     model.get_submodule(last.name).register_forward_hook(lambda module, inputs, output: outputs.append(output))
     with torch.enable_grad():
         with contextlib.suppress(RuntimeError):  # of a head that takes images of one size only
@@ -171,7 +162,7 @@ def post_receptive_field(model, rows, images=None, path=None):
         output = outputs[-1]
         centre = output.shape[-1] // 2
         # A random sign for each channel, or the channels would cancel out.
-        signs = torch.randint(0, 2, output.shape[1:2], generator=torch.Generator().manual_seed(0)).mul(2).sub(1)
+        signs = torch.randint(0, 2, output.shape[1:2], generator=generator).mul(2).sub(1)
         (gradient,) = torch.autograd.grad((output[:, :, centre, centre] * signs).sum(), images)
     field = gradient.abs().mean(dim=(0, 1)).numpy()
 
@@ -190,13 +181,9 @@ def post_receptive_field(model, rows, images=None, path=None):
     if min(width, height) > 32:
         boxes.append((left + (width - 32) / 2, top + (height - 32) / 2, 32, 32, "white", "an image of 32x32 pixels"))
     for x, y, width, height, color, label in boxes:
-        box = plt.Rectangle((x - 0.5, y - 0.5), width, height, fill=False, color=color, label=label)
-        effective.add_patch(box)
+        effective.add_patch(plt.Rectangle((x - 0.5, y - 0.5), width, height, fill=False, color=color, label=label))
     effective.legend(loc="upper center", ncols=2, fontsize=9, facecolor="dimgray", labelcolor="white")
-    effective.set(
-        xlabel="x (pixels)",
-        ylabel="y (pixels)",
-        title=f"Effective receptive field of the centre output of {last.name}\n"
-        f"theoretical: {last.receptive_field}x{last.receptive_field}",
-    )
+    theoretical = f"theoretical: {last.receptive_field}x{last.receptive_field}"
+    effective.set_title(f"Effective receptive field of the centre output of {last.name}\n{theoretical}")
+    effective.set(xlabel="x (pixels)", ylabel="y (pixels)")
     return save_figure(figure, path)

@@ -5,15 +5,10 @@ The values are the arguments of the network, the loaders, `get_train_transforms`
 """
 
 import copy
-import json
-import pathlib
-from importlib.metadata import version
 
 import models
 from optimization import get_loss, get_optimizer, get_scheduler
-from output import load_weights
 from pretrained import provenance
-from runs import printed
 
 MUON = {"name": "MuonSGD", "lr": 0.3, "kernel_lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4, "decay": "weights"}
 # The S9 network trained better; RESULTS.md says how it was chosen.
@@ -95,29 +90,12 @@ def load_network(weights):
     """(model, classes) of the weights that ship, by name, or of a run, by the path of its last.pt or best.pt.
 
     Raises:
-        ValueError, OSError: no such weights, a file that is not in the folder of a run, or is damaged.
+        ValueError, OSError: no such weights, or they are damaged, or of no network and recipe that is here.
     """
-    path = pathlib.Path(weights)
-    if path.suffix != ".pt":
-        trained = provenance(weights)["hyperparameters"]
-        return getattr(models, trained["model"]).from_pretrained(weights), trained["classes"].split("/")
-    state = load_weights(path)
-    try:
-        run = json.loads((path.parent / "run.json").read_text())
-        classes = run["hyperparameters"]["classes"].split("/")
-        model = build_model(run["hyperparameters"] | {"weights": None}, len(classes))
-        model.load_state_dict(state)
-        # SyncBatchNorm, of a run on several GPUs, computes the same here; another torch may print layers otherwise.
-        same = printed(model) == run["network"].replace("SyncBatchNorm", "BatchNorm2d")
-        fits = same or run["versions"]["torch"] != version("torch")
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError):
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"{path} needs the run.json of its run beside it, and the network as it was then; give the last.pt or "
-            "best.pt in runs/<name>/, of a run whose settings are those of recipes.run_settings"
-        )
-    return model.eval(), classes
+    trained = provenance(weights)["hyperparameters"]
+    if not {"model", "dropout", "classes"} <= trained.keys() or not hasattr(models, trained["model"]):
+        raise ValueError(f"{weights} is not of a network in models.py, trained with the settings of run_settings")
+    return getattr(models, trained["model"]).from_pretrained(weights), trained["classes"].split("/")
 
 
 def build_training(recipe, model, steps_per_epoch):

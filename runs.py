@@ -23,41 +23,36 @@ import filelock
 import numpy as np
 import torch
 
+from devices import gather, rank, unwrap, world_size
 from output import in_notebook, load_weights, serialized, write_atomically
-from parallel import gather, rank, unwrap, world_size
 
 COLUMNS = ("train_loss", "train_acc", "test_loss", "test_acc")
-FRACTION = re.compile(r"\d+\.\d+(e[+-]\d+)?|\d+e[+-]\d+")
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 
 
 def seed_everything(seed):
-    """Seed the generators of Python, NumPy and torch with a whole number from 0 to 2**32 - 1.
-
-    The processes of a `torchrun` get a seed each; `train` gives all of them the weights of the first.
-    """
+    """Seed Python, NumPy and torch with a whole number from 0 to 2**32 - 1, each process of a `torchrun` apart."""
     np.random.seed(seed + rank())  # first, as the strictest
     random.seed(int(seed) + rank())  # which takes no whole number of NumPy
     torch.manual_seed(seed + rank())
 
 
 class Stopped(KeyboardInterrupt):
-    """An interrupt that a notebook shows as one line instead of a traceback."""
+    """An interrupt, which a notebook shows as one line."""
 
     def _render_traceback_(self):
         return [str(self)]
 
 
-class Run:
+class Run(contextlib.AbstractContextManager):
     """The folder `<root>/<name>/` of one training run, held by one process at a time, else RuntimeError.
 
-    As a context manager it prints, when the run ends or is interrupted, one line that says how far it is. `data` is a
-    line on the images, for `run.json`.
+    `data` is a line on the images, for `run.json`.
 
     Example:
         >>> run, settings = Run("s9"), {"lr": 0.2, "epochs": 80}
         >>> train_losses, train_acc, test_losses, test_acc = run.resume(settings, model, optimizer, scheduler)
-        >>> with run:
+        >>> with run:  # prints a line at the end, or when it is interrupted
         ...     for epoch in range(len(train_losses), 80):
         ...         ...  # train and test
         ...         run.save(train_losses, train_acc, test_losses, test_acc)
@@ -68,7 +63,7 @@ class Run:
         self.folder = pathlib.Path(root).absolute() / name  # a later chdir must not lose an epoch
         self.history, self.hyperparameters = None, {}  # a dict per epoch: epoch, lr, COLUMNS, seconds; resume sets it
         self.displays = set()  # what is shown of the run already
-        self._parts, self._identity, self._lr, self._epoch_start = {}, {}, None, 0
+        self._parts, self._identity = {}, {}
         if rank():
             return
         try:
@@ -79,8 +74,7 @@ class Run:
             self._lock.acquire()
         except filelock.Timeout:
             raise RuntimeError(
-                f"another process holds the run {name!r} in {self.folder}, perhaps a notebook that is still open; "
-                "end it or wait for it, or choose another RUN_NAME"
+                f"another process, such as a notebook, holds {self.folder}; end it, or choose another RUN_NAME"
             ) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
@@ -95,9 +89,6 @@ class Run:
     def __truediv__(self, file_name):
         """Path of a file in the run's folder: `run / "curves.png"`."""
         return self.folder / file_name
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, kind, error, traceback):
         done, epochs = len(self.history or ()), self.hyperparameters.get("epochs", "?")
@@ -116,40 +107,33 @@ class Run:
     def _find(self, hyperparameters, model, optimizer, scheduler):
         """(identity of this run, the checkpoint to resume from or None)."""
         identity, path = self._identity_of(hyperparameters, model, optimizer, scheduler), self / "checkpoint.pt"
-        found = gather([load_weights(path)] if rank() == 0 and path.exists() else [])[0]
-        if not found:
+        exists, found = gather((True, load_weights(path)) if rank() == 0 and path.exists() else (False, None))[0]
+        if not exists:
             return identity, None
-        [found] = found
         with _fitting(path):
-            identity["schedule"] = identity["schedule"] or found["identity"]["schedule"]
-            of_this_torch = found["made_by"]["versions"]["torch"] == version("torch")  # another prints otherwise
-            then, now = (_flat(each, of_this_torch) for each in (found["identity"], identity))
+            whole = found["made_by"]["versions"]["torch"] == version("torch")  # another one prints a network otherwise
+            then, now = (_flat(each, whole) for each in (found["identity"], identity))
             names = [name for name in {**then, **now} if then.get(name) != now.get(name) and name != "epochs"]
             differences = [f"{name} {then.get(name)!r} → {now.get(name)!r}" for name in sorted(names)]
             [float(row[column]) for row in found["history"] for column in COLUMNS] + [float(found["best"]["test_acc"])]
         if differences:
             more = f", and {len(differences) - 5} more" if len(differences) > 5 else ""
             raise ValueError(
-                f"the checkpoint in {self.folder} is of another run: {'; '.join(differences[:5])}{more}. To start "
-                f"afresh, choose another RUN_NAME or delete {self.folder}; to resume, put the old values back"
+                f"the checkpoint in {self.folder} is of another run: {'; '.join(differences[:5])}{more}. Put the old "
+                "values back, or choose another RUN_NAME"
             )
         return identity, found
 
     def _identity_of(self, hyperparameters, model, optimizer, scheduler):
         """What a run resumes only with: its settings, the network as it prints, the kinds and lengths of the rest."""
-        # A layer may print what it has learned since, and a scheduler is no longer as it was made once it was stepped.
-        before = self._identity if unwrap(model) is self._parts.get("model") else {}
         kinds = {"the optimizer": type(optimizer).__name__, "the scheduler": type(scheduler).__name__}
-        schedule = before.get("schedule", {})
-        if scheduler is not None and getattr(scheduler, "last_epoch", 0) == 0:
-            # Whole numbers only: rates are others if it is made again for an optimizer that has trained.
-            state = {key: FRACTION.sub("…", printed(value)) for key, value in _plain(scheduler.state_dict()).items()}
-            schedule = {f"the scheduler's {key}": text for key, text in state.items()}
+        lengths = {f"the scheduler's {name}": getattr(scheduler, name, None) for name in ("epochs", "steps_per_epoch")}
+        # A layer may print what it has learned since.
+        before = self._identity if unwrap(model) is self._parts.get("model") else {}
         return {
             "hyperparameters": _plain(dict(hyperparameters)),
-            "kinds": kinds | {"the number of processes": world_size()},
+            "kinds": kinds | lengths | {"the number of processes": world_size()},
             "network": before.get("network") or printed(unwrap(model)),
-            "schedule": schedule,
         }
 
     def resume(self, hyperparameters, model, optimizer, scheduler=None):
@@ -159,16 +143,15 @@ class Run:
 
         Args:
             hyperparameters: what defines the run, {name: number, string, bool or None}. A run resumes only with the
-                same ones; "epochs" may differ, unless the scheduler was made for them.
-            model, optimizer, scheduler: made as at the run's start. Generators of your own, as of a loader, are yours
-                to restore.
+                same ones; "epochs" may differ, unless `get_scheduler` has made a scheduler for them.
+            model, optimizer, scheduler: made as at the run's start. A generator of a loader is yours to restore.
 
         Returns:
             (train_losses, train_acc, test_losses, test_acc), lists with an entry per epoch done, to append to.
 
         Raises:
             ValueError: the checkpoint is damaged, or of another run; nothing is changed.
-            TypeError: hyperparameters, or the state of a scheduler, that no checkpoint can hold.
+            TypeError, pickle.UnpicklingError: hyperparameters or a state_dict that no checkpoint can hold.
         """
         self.history = None  # so that save refuses, should this turn out to be another run
         identity, checkpoint = self._find(hyperparameters, model, optimizer, scheduler)
@@ -190,14 +173,9 @@ class Run:
             if again:
                 states, random_state = self._start
                 _restore(states if unchanged else states[:1], random_state)  # the model's, under other settings
-            try:  # read it back now, and not at the first resume
-                torch.load(io.BytesIO(serialized(self._checkpoint([], None))), weights_only=True)
-                json.dumps(self.hyperparameters)
-            except Exception:
-                raise TypeError(
-                    f"{self} could not be resumed, as its hyperparameters or the state_dict of its model, optimizer or "
-                    "scheduler hold more than tensors, numbers, strings, lists and dicts of Python"
-                ) from None
+            json.dumps(self.hyperparameters)
+            # Read it back now, and not at the first resume.
+            torch.load(io.BytesIO(serialized(self._checkpoint([], None))), weights_only=True)
             self.history, self._best = [], None
             print(f"{self}: a new run")
         self._start_epoch()
@@ -218,9 +196,8 @@ class Run:
         row["seconds"] = round(time.monotonic() - self._epoch_start, 2)
         if not all(math.isfinite(row.get(column, math.nan)) for column in COLUMNS):
             raise ValueError(
-                f"the lists have {[len(values) for values in lists]} entries and end in "
-                f"{[values[-1:] for values in lists]}; save takes the lists that resume returned, each with one finite "
-                "number appended since the last save"
+                "save takes the lists that resume returned, each with one finite number appended since the last save; "
+                f"they have {[len(values) for values in lists]} entries and end in {[values[-1:] for values in lists]}"
             )
         best = self._best
         if best is None or row["test_acc"] > best["test_acc"]:
@@ -300,8 +277,8 @@ def _fitting(path, otherwise=lambda: None):
     except Exception as error:  # a file may hold anything
         otherwise()
         raise ValueError(
-            f"{path} does not fit ({type(error).__name__}: {error}); nothing was changed. Put back a good copy, "
-            "model and optimizer as they were, or the code that wrote it; to start afresh, choose another RUN_NAME"
+            f"{path} does not fit ({type(error).__name__}: {error}); nothing was changed. Put back a good copy, model "
+            "and optimizer as they were, or the code that wrote it, or choose another RUN_NAME"
         ) from None
 
 
@@ -311,9 +288,9 @@ def printed(thing):
 
 
 def _flat(identity, whole):
-    """An identity in one {name: value}; if whole, with the schedule, and the network line by line."""
+    """An identity in one {name: value}; if whole, with the network line by line."""
     lines = {f"line {number} of the network": line for number, line in enumerate(identity["network"].splitlines())}
-    return identity["hyperparameters"] | identity["kinds"] | (identity["schedule"] | lines if whole else {})
+    return identity["hyperparameters"] | identity["kinds"] | (lines if whole else {})
 
 
 def _plain(value):

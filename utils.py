@@ -16,15 +16,15 @@ from torch import optim
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+import devices
 from augment import ImageBatches, as_batch, data_of, get_test_transforms, get_train_transforms, normalisation
-from devices import autocast_dtype, best_device, keep_freed_memory, memory_format
-from epoch import MisclassifiedSamples, Tally, as_probabilities, check_first_batch, check_optimizer, class_indices
+from devices import autocast_dtype, best_device
+from epoch import MisclassifiedSamples, Tally, check_first_batch, check_optimizer, class_indices
 from image_sets import CIFAR10_MEAN, CIFAR10_STD, load_images, split_validation
 from layers import faster_layers
 from optimization import get_loss, get_optimizer, get_scheduler
 from output import in_notebook, load_weights, save_figure, scrolled
-from parallel import average_gradients, begin_epoch, gather, rank, unwrap, world_size
-from predict import class_names, post_predictions, predict
+from predict import class_names, post_predictions, predict, probabilities
 from receptive_field import post_receptive_field
 from recipes import build_model, build_training, get_recipe, run_settings
 from runs import Run, seed_everything
@@ -46,15 +46,14 @@ def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", ro
 
     Args:
         datasettype: "train" (augmented, shuffled unless kwargs say otherwise) or "test" (neither, unless asked to).
-        kwargs: `DataLoader` keyword arguments, such as batch_size, shuffle, num_workers, pin_memory. By default there
-            are workers only where a GPU would otherwise wait for data. More workers than cores are not started, and
-            they are started anew for every epoch, so that a change of `loader.dataset` reaches them.
+        kwargs: `DataLoader` keyword arguments. By default there are workers only where a GPU would wait for data, and
+            never more than cores; they start anew in every epoch, so that a change of `loader.dataset` reaches them.
         dataset, root: where the images come from, see `image_sets.load_images`, whose errors this raises too.
         transforms: an `albumentations.Compose` in place of `get_train_transforms()` or `get_test_transforms()`.
 
     Returns:
         (class_to_idx, loader): {class name: label}, and a loader of (images float32 (N, 3, 32, 32) normalised, labels
-        int64 (N,)). In each process of a `torchrun` it gives that process's share.
+        int64 (N,)), in each process of a `torchrun` of that process's share.
     """
     options = dict(kwargs or {})
     if transforms is None:
@@ -73,8 +72,8 @@ def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", ro
         options.setdefault("collate_fn", as_batch)
     if options.get("sampler") is None and options.get("batch_sampler") is None:
         options.setdefault("shuffle", datasettype == "train")
-        if world_size() > 1:
-            shares = range(rank(), len(data), world_size())
+        if devices.world_size() > 1:
+            shares = range(devices.rank(), len(data), devices.world_size())
             options["sampler"] = DistributedSampler(data) if options.pop("shuffle") else shares
     return data.class_to_idx, DataLoader(data, **options)
 
@@ -98,9 +97,9 @@ def GetCorrectPredCount(pPrediction, pLabels):
 def _made_fast(model, device):
     """Let device and layers compute in their fastest way; gives (images, labels) -> (float32 scores, labels there)."""
     cuda, cudnn = device.type == "cuda", torch.backends.cudnn
-    dtype, layout, benchmark = autocast_dtype(device), memory_format(unwrap(model), device), cudnn.benchmark
+    dtype, layout, benchmark = autocast_dtype(device), devices.memory_format(model, device), cudnn.benchmark
     if device.type == "cpu":
-        keep_freed_memory()
+        devices.keep_freed_memory()
     if cuda and not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled()):
         cudnn.benchmark = True  # nearly all batches have one shape, so that finding its fastest kernels pays
 
@@ -142,7 +141,7 @@ def train(
     """
     device = torch.device(device)
     check_optimizer(model, optimizer, criterion, scheduler, train_loader)
-    begin_epoch(model, train_loader)
+    devices.begin_epoch(model, train_loader)
     # float16 gradients of a mean loss underflow unless they are scaled up.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=autocast_dtype(device) == torch.float16)
     tally = Tally(f"epoch {len(train_losses) + 1} train" if train_losses is not None else "train", train_loader)
@@ -155,7 +154,7 @@ def train(
                 check_first_batch(model, criterion, scores.detach(), labels)
             loss = criterion(scores, labels)
             scaler.scale(loss).backward()
-            average_gradients(model)
+            devices.average_gradients(model)
             scaler.unscale_(optimizer)  # before hooks of the optimizer, which may clip gradients
             scaler.step(optimizer)
             scaler.update()
@@ -170,13 +169,12 @@ def train(
 def test(model, device, test_loader, criterion, test_losses=None, test_acc=None, verbose=True):
     """Evaluate without gradients and append the mean loss per sample and the accuracy in % to the two lists.
 
-    Arguments and errors are those of `train`. Returns the misclassified samples, a list of (image, true, predicted),
-    in the loader's order, one process after the other.
+    Arguments and errors are those of `train`. Returns the misclassified samples, a list of (image, true, predicted).
     """
     device = torch.device(device)
-    begin_epoch(model, test_loader)
-    if world_size() > 1:
-        model = unwrap(model)  # each process by itself, as their numbers of batches may differ
+    devices.begin_epoch(model, test_loader)
+    if devices.world_size() > 1:
+        model = devices.unwrap(model)  # each process by itself, as their numbers of batches may differ
     misclassified = MisclassifiedSamples(transforms=getattr(data_of(test_loader), "transforms", None))
     tally = Tally("test", test_loader)
     model.eval()
@@ -189,7 +187,7 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None,
             tally.add(criterion(scores, labels), predictions, labels)
             misclassified.add(images, labels, predictions)
     tally.read(test_losses, test_acc, verbose)
-    everybodys = (sample for samples in gather([*misclassified]) for sample in samples)
+    everybodys = (sample for samples in devices.gather([*misclassified]) for sample in samples)
     return MisclassifiedSamples(everybodys, misclassified.transforms)
 
 
@@ -210,31 +208,21 @@ def get_image_from_tensor(img, transforms=None):
     return (pixels * 255).round().clip(0, 255).astype(np.uint8)
 
 
-def _plain(text):
-    """Text that Matplotlib shows as it is, though it has dollar signs."""
-    return text.replace("$", r"\$")
-
-
-def _names(label_map):
-    """Class names in the order of their labels, as the plots write them."""
-    return [_plain(name) for name in class_names(label_map)]
-
-
 def _image_grid(images, titles, heading, rows, columns, path):
     figure, axes = plt.subplots(rows, columns, figsize=(1.7 * columns, 2.1 * rows + 0.5), layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, title in zip(axes.flat, images, titles):
         axis.imshow(image)
-        axis.set_title(title, fontsize=10)
-    figure.suptitle(_plain(heading))
+        axis.set_title(title, fontsize=10, parse_math=False)  # a name may have a dollar sign
+    figure.suptitle(heading, parse_math=False)
     return save_figure(figure, path)
 
 
 def post_display(train_loader, label_map=None, path=None):
     """16 training samples, as the network sees them, with their labels; the classes are by default the data set's."""
     data, (images, labels) = data_of(train_loader), next(iter(train_loader))
-    classes = _names(data.classes if label_map is None else label_map)
+    classes = class_names(data.classes if label_map is None else label_map)
     pictures = [get_image_from_tensor(image, getattr(data, "transforms", None)) for image in images[:16]]
     heading = f"Training samples, augmented: {getattr(data, 'name', '')}"
     return _image_grid(pictures, [classes[label] for label in labels[:16]], heading, 4, 4, path)
@@ -250,28 +238,21 @@ def post_augmentations(train_loader, index=0, path=None):
     return _image_grid([data.images[index], *draws], titles, heading, 4, 4, path)
 
 
-def _curves(axis, what, curves):
-    """Draw {"training" or "test": its values, one an epoch}, of the "loss" or the "accuracy"."""
-    for label, values in curves.items():
-        colour, marker = {"training": "tab:blue", "test": "tab:orange"}[label], "." if len(values) < 30 else None
-        axis.plot(range(1, len(values) + 1), values, color=colour, marker=marker, label=label)
-    axis.set(xlabel="epoch", ylabel="loss per sample (nats)" if what == "loss" else "accuracy (%)")
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.grid(alpha=0.3)
-
-
 def post_accuracyplots(train_losses, test_losses, train_acc, test_acc, title="", path=None):
     """2x2 curves: training and test, loss (mean per sample) and accuracy (%); the other of the two is dotted."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", sharex=True, sharey="row")
-    values = {"loss": {"training": train_losses, "test": test_losses}}
-    values |= {"accuracy": {"training": train_acc, "test": test_acc}}
-    for row, (what, curves) in zip(axes, values.items()):
-        for axis, own, other in zip(row, ("training", "test"), ("test", "training")):
-            _curves(axis, what, {own: curves[own], other: curves[other]})
-            axis.lines[1].set_linestyle(":")
-            axis.set_title(f"{own.capitalize()} {what}")
+    losses, accuracies = ("loss per sample (nats)", train_losses, test_losses), ("accuracy (%)", train_acc, test_acc)
+    for row, (unit, *curves) in zip(axes, (losses, accuracies)):
+        curves = list(zip(("training", "test"), ("tab:blue", "tab:orange"), curves))
+        for axis, own in zip(row, (curves, curves[::-1])):
+            for (split, colour, values), style in zip(own, "-:"):
+                marker = "." if len(values) < 30 else None
+                axis.plot(range(1, len(values) + 1), values, style, color=colour, marker=marker, label=split)
+            axis.set(title=f"{own[0][0].capitalize()} {unit.split()[0]}", xlabel="epoch", ylabel=unit)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.grid(alpha=0.3)
             axis.legend()
-    figure.suptitle(_plain(title))
+    figure.suptitle(title, parse_math=False)
     return save_figure(figure, path)
 
 
@@ -285,20 +266,15 @@ def post_progress(run):
     The curves are in the run's folder as curves.png, in a notebook after every epoch, else at the end.
     """
     history, live = run.history, in_notebook()
-    if rank() or not history:
+    if devices.rank() or not history:
         return
     epochs = run.hyperparameters.get("epochs", len(history))
     left = (epochs - len(history)) * np.mean([row["seconds"] for row in history[-5:]])
     left = f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left"
     lines = [f"{ROW.format(epochs=epochs, **row)}  {row['seconds']:6.1f}" for row in history]
     if live or len(lines) >= epochs:  # to draw takes a second, too long for every epoch of a log
-        figure, axes = plt.subplots(2, 1, figsize=(6.5, 7), layout="constrained", sharex=True)
-        for axis, what, key in zip(axes, ("loss", "accuracy"), ("loss", "acc")):
-            splits = {"training": f"train_{key}", "test": f"test_{key}"}
-            _curves(axis, what, {label: [row[column] for row in history] for label, column in splits.items()})
-            axis.legend()
-        figure.suptitle(_plain(f"{run}, epoch {len(lines)} of {epochs}"))
-        save_figure(figure, run / "curves.png")
+        curves = [[row[column] for row in history] for column in ("train_loss", "test_loss", "train_acc", "test_acc")]
+        figure = post_accuracyplots(*curves, f"{run}, epoch {len(lines)} of {epochs}", run / "curves.png")
         plt.close(figure)  # or a notebook would show it once more at the end of the cell
     if not live:
         print(*([] if run.displays else [HEAD]), f"{lines[-1]}   {left}", sep="\n", flush=True)
@@ -315,52 +291,48 @@ def post_progress(run):
         run.displays.add(handle)
 
 
-def _mistakes(samples, transforms, label_map, confidences, heading, rows, path):
+def _mistakes(misclassified, picked, label_map, confidences, heading, path):
     """A grid of misclassified samples, five in a row, with both classes and the model's confidences, if given."""
-    classes = _names(label_map)
-    sure = [f" ({confidence:.1%})" for confidence in confidences] or [""] * len(samples)
-    titles = [f"{classes[wrong]}{how}\ntrue: {classes[true]}" for (_, true, wrong), how in zip(samples, sure)]
-    return _image_grid([get_image_from_tensor(s[0], transforms) for s in samples], titles, heading, rows, 5, path)
+    classes, transforms = class_names(label_map), getattr(misclassified, "transforms", None)
+    images, titles = [], []
+    for index in picked:
+        image, true, wrong = misclassified[index]
+        images.append(get_image_from_tensor(image, transforms))
+        sure = f" ({confidences[index]:.1%})" if confidences else ""
+        titles.append(f"{classes[wrong]}{sure}\ntrue: {classes[true]}")
+    return _image_grid(images, titles, heading, max(1, -(-len(picked) // 5)), 5, path)
 
 
-@torch.no_grad()
 def post_misclassified(misclassified, label_map, model, title="", path=None):
     """20 of the samples that `test` returned as wrong, with true and predicted class and the model's confidence.
 
     The upper ten are those of the highest confidence, the lower ten are spread over the rest.
     """
-    model, confidences = unwrap(model).eval(), []
-    parameter = next(model.parameters(), torch.empty(0))
-    for start in range(0, len(misclassified), 256):
-        images, _, predicted = zip(*misclassified[start : start + 256])
-        probabilities = as_probabilities(model(torch.stack(images).to(parameter)).float()).cpu()
-        confidences += probabilities[range(len(images)), [int(label) for label in predicted]].tolist()
+    rows = probabilities(model, torch.stack([sample[0] for sample in misclassified])) if misclassified else []
+    confidences = [float(row[predicted]) for row, (_, _, predicted) in zip(rows, misclassified)]
     order = np.argsort(confidences)[::-1]
     surest, rest = order[:10], np.sort(order[10:])
     picked = [*surest, *rest[np.linspace(0, len(rest) - 1, min(10, len(rest)), dtype=int)]]
-    count = f"{len(misclassified):,} mistakes"
-    count += ", the ten surest and ten of the rest" if len(misclassified) > 20 else ""
-    heading, rows = f"{title}: {count}" if title else count, max(1, -(-len(picked) // 5))
-    samples, transforms = [misclassified[index] for index in picked], getattr(misclassified, "transforms", None)
-    return _mistakes(samples, transforms, label_map, [confidences[i] for i in picked], heading, rows, path)
+    heading = f"{title}: {len(misclassified):,} mistakes".removeprefix(": ")
+    heading += ", the ten surest and ten of the rest" if len(misclassified) > 20 else ""
+    return _mistakes(misclassified, picked, label_map, confidences, heading, path)
 
 
 def showmisclassifiedsamples(misclassified, label_map, title="", path=None):
     """The first ten of the samples that `test` returned as wrong, with true and predicted class."""
-    return _mistakes(misclassified[:10], getattr(misclassified, "transforms", None), label_map, [], title, 2, path)
+    return _mistakes(misclassified, range(len(misclassified[:10])), label_map, [], title, path)
 
 
 def post_confusion_matrix(misclassified, test_loader, label_map, title="", path=None):
     """Counts of true class (row) against predicted class (column) in a test, with the accuracy of each class.
 
-    misclassified is what `test` returned for this loader, which gives the same samples each time and so says how many
-    there are of each class.
+    misclassified is what `test` returned for this loader, which says how many samples there are of each class.
     """
-    if world_size() > 1:  # the loader gives this process's share
+    if devices.world_size() > 1:  # the loader gives this process's share
         tested = torch.as_tensor(data_of(test_loader).labels)
     else:
         tested = torch.cat([class_indices(labels).cpu() for _, labels in test_loader])
-    classes = _names(label_map)
+    classes = class_names(label_map)
     totals = np.bincount(tested[tested >= 0], minlength=len(classes))
     wrong = np.zeros((len(classes), len(classes)), dtype=int)
     for _, true, predicted in misclassified:
@@ -375,9 +347,10 @@ def post_confusion_matrix(misclassified, test_loader, label_map, title="", path=
     for (row, column), count in np.ndenumerate(matrix):
         axis.text(column, row, count, ha="center", va="center", color="white" if rate[row, column] > 0.3 else "black")
     accuracies = [f"{name}  {100 * rate[label, label]:.1f} %" for label, name in enumerate(classes)]
-    axis.set_yticks(range(len(classes)), accuracies)
-    axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axis.set_yticks(range(len(classes)), accuracies, parse_math=False)
+    axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right", parse_math=False)
     axis.set(xlabel="predicted class", ylabel="true class and its accuracy")
-    axis.set_title(f"Confusion matrix, accuracy {100 * np.trace(matrix) / matrix.sum():.2f} %\n{_plain(title)}")
+    accuracy = f"accuracy {100 * np.trace(matrix) / matrix.sum():.2f} %"
+    axis.set_title(f"Confusion matrix, {accuracy}\n{title}", parse_math=False)
     figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8)
     return save_figure(figure, path)

@@ -167,7 +167,7 @@ def test_progress_in_a_notebook_is_one_table_and_one_picture_in_place(tmp_path, 
         assert numbered[0].startswith("  1/80 ") and numbered[-1].startswith(f"{done:3}/80 ") and len(numbered) < 20
         assert ("77 min left" in text) == (done == 3) and ("left" in text) == (done < 80)
         assert "overflow-x: auto" in content["text/html"]
-    assert [[len(line.get_xdata()) for line in axis.lines] for axis in calls[3][0].axes] == [[3, 3]] * 2
+    assert [[len(line.get_xdata()) for line in axis.lines] for axis in calls[3][0].axes] == [[3, 3]] * 4
 
 
 @pytest.mark.parametrize("count", [0, 1, 15, None])
@@ -218,13 +218,13 @@ def test_receptive_field_layer_by_layer_and_as_the_mean_absolute_gradient():
     layers = [nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1)]
     model = nn.DataParallel(nn.Sequential(*layers))
     with torch.no_grad():
-        figure = utils.post_receptive_field(model, receptive_field(model), torch.rand(2, 3, 31, 31))
+        figure = utils.post_receptive_field(model, receptive_field(model))
     growth, effective, _ = figure.axes
     assert [bar.get_width() for bar in growth.patches] == [3, 7] and growth.yaxis_inverted()
     assert [label.get_text() for label in growth.get_yticklabels()] == ["0", "2"]
-    # Output 8 of 16 looks at pixel 16 and 3 pixels to each side of it.
+    # Output 3 of 6 looks at pixel 6 and 3 pixels to each side of it.
     (box,) = effective.patches  # an image of 32x32 would not fit in
-    assert (*box.get_xy(), box.get_width(), box.get_height()) == (12.5, 12.5, 7, 7)
+    assert (*box.get_xy(), box.get_width(), box.get_height()) == (2.5, 2.5, 7, 7)
     assert all("7x7" in text for text in (effective.get_title(), effective.get_legend().get_texts()[0].get_text()))
     assert all(p.grad is None for p in model.parameters()) and not any(m._forward_hooks for m in model.modules())
 

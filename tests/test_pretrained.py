@@ -63,8 +63,8 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_changed_network_says_that_the_weights_do_not_fit(change):
     class Changed(models.Model):
-        def __init__(self, dropout_value):
-            super().__init__(dropout_value)
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
             change(self)
 
     with pytest.raises(ValueError, match="do not fit"):
