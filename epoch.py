@@ -134,6 +134,6 @@ def check_optimizer(model, optimizer, criterion, scheduler, loader):
         made_for = getattr(part, "steps_per_epoch", None)
         if made_for and batches and made_for != batches:
             raise ValueError(
-                f"the scheduler, {type(part).__name__}, is made for {made_for} steps an epoch, and there are {batches} "
-                "batches; make it with steps_per_epoch=len(train_loader), or step it yourself after each epoch"
+                f"the scheduler, {type(part).__name__}, was made for epochs of {made_for}, not {batches} batches; make "
+                "it with steps_per_epoch=len(train_loader), or step it after each epoch and do not give it to train"
             )

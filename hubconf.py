@@ -7,7 +7,11 @@ dependencies = ["torch", "torchvision", "albumentations"]
 
 
 def _entry(name):
-    return lambda: _load_network(name)[0]
+    def network():
+        return _load_network(name)[0]
+
+    network.__doc__ = f"The network with the weights {name!r}, in evaluation mode on the CPU."
+    return network
 
 
 globals().update({name.replace("-", "_"): _entry(name) for name in _shipped()})

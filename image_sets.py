@@ -141,7 +141,7 @@ def _decode(root, split, paths):
                 resized += image.size != (IMAGE_SIZE, IMAGE_SIZE)
                 images[i] = to_rgb(image)
         except Exception as error:  # a damaged file can make Pillow raise nearly anything
-            bad[path] = error
+            bad[path] = f"{type(error).__name__}: {error}"
     if bad:
         raise ValueError(f"cannot read {_some([*bad])} (the first: {next(iter(bad.values()))}); replace or delete them")
     if resized:

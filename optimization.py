@@ -109,22 +109,25 @@ OPTIMIZERS = [kind for kind in _classes(optim, optim.Optimizer) if kind.__name__
 SCHEDULERS = _classes(lr_scheduler, lr_scheduler.LRScheduler)
 
 
-def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, decay="all", kernel_lr=None, **options):
+def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, decay="all", kernel_lr=None, **options):
     """Any optimizer of `torch.optim` that steps by gradients alone, or `MuonSGD`, by name, for all parameters.
 
     Args:
         lr, momentum: the same defaults for every optimizer, whatever its own are; momentum goes to those that take one.
-        decay: what weight_decay applies to: "all" parameters, or "weights", which leaves out biases, scales and shifts.
+        weight_decay: by default the optimizer's own.
+        decay: what it applies to: "all" parameters, or "weights", which leaves out biases, scales and shifts.
         kernel_lr: of MuonSGD, the learning rate of Muon, by default lr / 15. Muon trains the kernels of convolutions
             without bias, but neither depthwise nor all-zero ones, nor those of the layer that the network registers
             last, its classifier; SGD trains the rest.
-        options: go to the optimizer, such as weight_decay.
+        options: go to the optimizer.
     """
     name, lr = options.pop("optname", name), options.pop("learningrate", lr)  # the names of the original code
     momentum = options.pop("momentumval", momentum)
     kind, model = _named(name, "optimizer", OPTIMIZERS), unwrap(model)
     if "momentum" in inspect.signature(kind).parameters:
         options["momentum"] = momentum
+    if weight_decay is not None:
+        options["weight_decay"] = weight_decay
     kernels = _muon_kernels(model) if kind is MuonSGD else []
     layers = [module for module in model.modules() if isinstance(module, WITH_WEIGHTS)]
     weights = {p for layer in layers for name, p in layer.named_parameters() if "bias" not in name}
@@ -152,8 +155,8 @@ def get_scheduler(optimizer, size_or_name=None, gamma=None, name="StepLR", epoch
         epochs: length of the run, for the schedulers that need one.
         steps_per_epoch: 1 for a scheduler to be stepped after every epoch; the number of batches, `len(train_loader)`,
             for one to be stepped after every batch, as `train` does with the scheduler that it is given.
-        options: go to the scheduler; T_max, T_0, total_iters, milestones, step_size_up and step_size_down in epochs.
-            max_lr is by default the learning rate of each of the optimizer's groups.
+        options: go to the scheduler; T_max, T_0, total_iters, milestones, step_size_up and step_size_down in epochs,
+            OneCycleLR's total_steps in steps. max_lr is by default the learning rate of each of the optimizer's groups.
 
     Raises:
         ValueError: unknown name; a scheduler that has no length in epochs and so cannot be stepped after every batch;
@@ -193,10 +196,8 @@ def get_scheduler(optimizer, size_or_name=None, gamma=None, name="StepLR", epoch
         if given[key] is not None:  # whole ones, as torch waits for a step that is equal
             given[key] = np.rint(np.array(given[key]) * steps_per_epoch).astype(int).tolist()
     scheduler = kind(optimizer, **given)
-    # What nobody else can know: `train` refuses a scheduler that was made for another number of batches, or for epochs,
-    # and a run resumes only with one of the same length.
+    # What nobody else can know: `train` refuses a scheduler that was made for another number of batches, or for epochs.
     scheduler.steps_per_epoch = steps_per_epoch if "total_steps" not in given else None
-    scheduler.epochs = epochs if {"epochs", "T_max", "total_iters"} & given.keys() else None
     return scheduler
 
 

@@ -46,8 +46,8 @@ def class_names(label_map):
     names = [str(pairs[label]) for label in range(len(pairs)) if label in pairs]
     if len({*names}) < len(pairs):
         raise ValueError(
-            f"{label_map!r} does not say the class of each label; give a list of names, or {{name: label}} with labels "
-            "0, 1, 2, ..."
+            f"{label_map!r} does not say the class of each label; give each name once, in a list, {{name: label}} or "
+            "{label: name}, with the labels 0, 1, 2, ..."
         )
     return names
 

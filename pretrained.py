@@ -53,20 +53,20 @@ class Pretrained(nn.Module):
             ValueError, OSError: no such weights, damaged ones, or of another network, or the network was changed since.
         """
         known, state = provenance(weights), load_weights(_files(weights)[0])
-        trained = known["hyperparameters"]
-        model = cls(trained["dropout"], len(trained["classes"].split("/")))
+        trained = known.get("hyperparameters", {})
         try:
+            model = cls(trained["dropout"], len(trained["classes"].split("/")))
             model.load_state_dict(state)
             if "scores" in known:
                 fits = np.allclose(scores_of(model), known["scores"], atol=0.05)  # processors round differently
             else:  # SyncBatchNorm, of a run on several GPUs, computes the same; another torch may print otherwise
                 fits = printed(model) == known["network"].replace("SyncBatchNorm", "BatchNorm2d")
                 fits = fits or known["versions"]["torch"] != version("torch")
-        except (RuntimeError, ValueError):  # other shapes
+        except (RuntimeError, ValueError, TypeError, KeyError):  # other shapes; settings other than run_settings
             fits = False
         if not fits:
             raise ValueError(
-                f"the weights {weights} do not fit {cls.__name__}: they are of {trained['model']}, or it was changed; "
-                "train it anew"
+                f"{weights} does not fit {cls.__name__}: it is of {trained.get('model', 'something else')}, or of "
+                f"{cls.__name__} before it was changed, or not the last.pt or best.pt of a run"
             )
         return model.eval()

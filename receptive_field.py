@@ -64,7 +64,7 @@ def receptive_field(model, input_size=32):
         A `ReceptiveFieldTable`: a `Row` for each layer, in the order of execution.
 
     Raises:
-        ValueError: a network without convolutions, or with a step that enlarges the image or loses a NaN.
+        ValueError: a network without such layers, or with a step that enlarges the image or loses a NaN.
 
     Example:
         >>> receptive_field(nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3))).total
@@ -88,9 +88,10 @@ def receptive_field(model, input_size=32):
         """Of each layer, whether no output sees from an edge in the middle to the border."""
         return [not both[:, [0, -1]].any() for both in both_sides(width, 1)]
 
+    sizes = [nans.shape[-1] for _, nans in layers(input_size)]
     width, wider, jumps = 2 * input_size, 64, [None]
     if not layers(width):
-        raise ValueError(f"{type(model).__name__} has no convolution of images wider than {input_size} pixels")
+        raise ValueError(f"no convolution or pooling of {type(model).__name__} takes more than {input_size} pixels")
     for name, nans in layers(width, torch.ones(1, width, dtype=torch.bool)):
         if not nans[:, nans.shape[1] // 2].all():
             raise ValueError(f"receptive_field cannot see through {name}: of an image of NaN, it makes numbers")
@@ -105,8 +106,8 @@ def receptive_field(model, input_size=32):
     while measured != before and not all(measured):  # some layers see all of any width
         width, before, measured = 2 * width, measured, inside(2 * width)
     edges, rows = math.lcm(*filter(None, jumps)), ReceptiveFieldTable()
-    for (name, nans), jump, whole, both in zip(layers(input_size), jumps, measured, both_sides(width, edges)):
-        size, layer = nans.shape[-1], model.get_submodule(name)
+    for (name, _), size, jump, whole, both in zip(layers(width), sizes, jumps, measured, both_sides(width, edges)):
+        layer = model.get_submodule(name)
         field = 1 + math.ceil(int(both.sum()) * jump / edges) if jump and size > 1 and whole else None
         rows.append(Row(name, _described(layer), size, field and jump, field))
         if field and isinstance(layer, CONVOLUTIONS):

@@ -92,10 +92,11 @@ def load_network(weights):
     Raises:
         ValueError, OSError: no such weights, or they are damaged, or of no network and recipe that is here.
     """
-    trained = provenance(weights)["hyperparameters"]
-    if not {"model", "dropout", "classes"} <= trained.keys() or not hasattr(models, trained["model"]):
+    trained = provenance(weights).get("hyperparameters", {})
+    network = getattr(models, str(trained.get("model")), None)
+    if not hasattr(network, "from_pretrained"):
         raise ValueError(f"{weights} is not of a network in models.py, trained with the settings of run_settings")
-    return getattr(models, trained["model"]).from_pretrained(weights), trained["classes"].split("/")
+    return network.from_pretrained(weights), trained["classes"].split("/")
 
 
 def build_training(recipe, model, steps_per_epoch):

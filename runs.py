@@ -27,6 +27,8 @@ from devices import gather, rank, unwrap, world_size
 from output import in_notebook, load_weights, serialized, write_atomically
 
 COLUMNS = ("train_loss", "train_acc", "test_loss", "test_acc")
+# What torch's schedulers call their lengths, which no step changes and a load_state_dict would bring back.
+LENGTHS = ("step_size", "milestones", "T_max", "T_0", "total_iters", "total_steps", "steps_per_epoch")
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 
 
@@ -112,7 +114,8 @@ class Run(contextlib.AbstractContextManager):
             return identity, None
         with _fitting(path):
             whole = found["made_by"]["versions"]["torch"] == version("torch")  # another one prints a network otherwise
-            then, now = (_flat(each, whole) for each in (found["identity"], identity))
+            then = _flat(found["identity"], whole) | _lengths(found.get("scheduler"))
+            now = _flat(identity, whole) | _lengths(scheduler and scheduler.state_dict())
             names = [name for name in {**then, **now} if then.get(name) != now.get(name) and name != "epochs"]
             differences = [f"{name} {then.get(name)!r} → {now.get(name)!r}" for name in sorted(names)]
             [float(row[column]) for row in found["history"] for column in COLUMNS] + [float(found["best"]["test_acc"])]
@@ -125,14 +128,13 @@ class Run(contextlib.AbstractContextManager):
         return identity, found
 
     def _identity_of(self, hyperparameters, model, optimizer, scheduler):
-        """What a run resumes only with: its settings, the network as it prints, the kinds and lengths of the rest."""
+        """What a run resumes only with: its settings, the network as it prints, and the kinds of the rest."""
         kinds = {"the optimizer": type(optimizer).__name__, "the scheduler": type(scheduler).__name__}
-        lengths = {f"the scheduler's {name}": getattr(scheduler, name, None) for name in ("epochs", "steps_per_epoch")}
         # A layer may print what it has learned since.
         before = self._identity if unwrap(model) is self._parts.get("model") else {}
         return {
             "hyperparameters": _plain(dict(hyperparameters)),
-            "kinds": kinds | lengths | {"the number of processes": world_size()},
+            "kinds": kinds | {"the number of processes": world_size()},
             "network": before.get("network") or printed(unwrap(model)),
         }
 
@@ -143,7 +145,7 @@ class Run(contextlib.AbstractContextManager):
 
         Args:
             hyperparameters: what defines the run, {name: number, string, bool or None}. A run resumes only with the
-                same ones; "epochs" may differ, unless `get_scheduler` has made a scheduler for them.
+                same ones; "epochs" may differ, unless the scheduler was made for them.
             model, optimizer, scheduler: made as at the run's start. A generator of a loader is yours to restore.
 
         Returns:
@@ -151,7 +153,7 @@ class Run(contextlib.AbstractContextManager):
 
         Raises:
             ValueError: the checkpoint is damaged, or of another run; nothing is changed.
-            TypeError, pickle.UnpicklingError: hyperparameters or a state_dict that no checkpoint can hold.
+            TypeError: hyperparameters or a state_dict that no checkpoint can hold.
         """
         self.history = None  # so that save refuses, should this turn out to be another run
         identity, checkpoint = self._find(hyperparameters, model, optimizer, scheduler)
@@ -173,9 +175,12 @@ class Run(contextlib.AbstractContextManager):
             if again:
                 states, random_state = self._start
                 _restore(states if unchanged else states[:1], random_state)  # the model's, under other settings
-            json.dumps(self.hyperparameters)
-            # Read it back now, and not at the first resume.
-            torch.load(io.BytesIO(serialized(self._checkpoint([], None))), weights_only=True)
+            try:  # read it back now, and not at the first resume
+                torch.load(io.BytesIO(serialized(self._checkpoint([], None))), weights_only=True)
+                json.dumps(self.hyperparameters)
+            except Exception:
+                kinds = "hyperparameters, or the state_dict of model, optimizer or scheduler"
+                raise TypeError(f"{self} could not be resumed: its {kinds} hold more than plain values") from None
             self.history, self._best = [], None
             print(f"{self}: a new run")
         self._start_epoch()
@@ -291,6 +296,12 @@ def _flat(identity, whole):
     """An identity in one {name: value}; if whole, with the network line by line."""
     lines = {f"line {number} of the network": line for number, line in enumerate(identity["network"].splitlines())}
     return identity["hyperparameters"] | identity["kinds"] | (lines if whole else {})
+
+
+def _lengths(state):
+    """The lengths in a scheduler's state, {name: its own, and those of its parts if it has any}."""
+    parts = [state, *state.get("_schedulers", ())] if state else []
+    return {f"the scheduler's {name}": [part[name] for part in parts if name in part] for name in LENGTHS}
 
 
 def _plain(value):

@@ -240,7 +240,7 @@ def post_augmentations(train_loader, index=0, path=None):
 
 def post_accuracyplots(train_losses, test_losses, train_acc, test_acc, title="", path=None):
     """2x2 curves: training and test, loss (mean per sample) and accuracy (%); the other of the two is dotted."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", sharex=True, sharey="row")
+    figure, axes = plt.subplots(2, 2, figsize=(7.5, 6.5), layout="constrained", sharex=True, sharey="row")
     losses, accuracies = ("loss per sample (nats)", train_losses, test_losses), ("accuracy (%)", train_acc, test_acc)
     for row, (unit, *curves) in zip(axes, (losses, accuracies)):
         curves = list(zip(("training", "test"), ("tab:blue", "tab:orange"), curves))

@@ -78,7 +78,7 @@ def test_the_archive_is_the_published_one(monkeypatch):
     monkeypatch.undo()  # of the small archive
     assert download.ARCHIVE_SIZE == 170_498_071
     assert download.ARCHIVE_SHA256 == "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
-    assert (download.SOURCES[-1], NAME, FOLDER) == (CIFAR10.url, CIFAR10.filename, CIFAR10.base_folder)
+    assert (download.SOURCES[0], NAME, FOLDER) == (CIFAR10.url, CIFAR10.filename, CIFAR10.base_folder)
 
 
 CALLS = {  # what an earlier call left, the sources, and the range that is asked of each
@@ -96,6 +96,14 @@ def test_it_goes_on_with_what_has_arrived_and_with_the_next_source(arrived, name
     requests = serve(*names)
     check_fetched(tmp_path)
     assert [asked for _, asked in requests] == ranges
+
+
+def test_a_slow_source_is_left_for_a_better_one_and_used_in_the_end(tmp_path, serve, monkeypatch):
+    monkeypatch.setattr(download, "SLOW_SECONDS", -1)
+    monkeypatch.setattr(download, "MIN_BYTES_PER_SECOND", 1e15)
+    requests = serve("slow", "404")
+    check_fetched(tmp_path)
+    assert [name for name, _ in requests][:2] == ["slow", "404"]
 
 
 def test_when_all_sources_fail_the_message_says_why_and_what_else_to_do(tmp_path, serve):

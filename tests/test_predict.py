@@ -172,6 +172,7 @@ def test_weights_that_cannot_be_used_are_named_in_one_line(own_run, terminal):
     (own_run.parent / "alone.pt").write_bytes((own_run / "last.pt").read_bytes())
     given = [("", "", file) for file in ("damaged.pt", "../alone.pt", "checkpoint.pt", "absent.pt", "", "s9")]
     changes = [('"classes"', '"kinds"'), ("{", ""), ('"Model"', '"VGG"'), ('"fox/', '"'), ("ReLU()", "GELU()")]
+    changes += [('"hyperparameters"', '"settings"'), ('"dropout"', '"p"'), ('"network"', '"module"')]
     text = (own_run / "run.json").read_text()
     for old, new, file in given + [(*change, "last.pt") for change in changes]:
         (own_run / "run.json").write_text(text.replace(old, new))
