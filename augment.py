@@ -5,7 +5,6 @@ workers (AlbumentationsX issue 266).
 """
 
 import os
-from collections.abc import Sequence
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or importing it asks the network for newer versions
 
@@ -13,8 +12,7 @@ import albumentations as A
 import cv2
 import numpy as np
 import torch
-from albumentations.pytorch import ToTensorV2
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from image_sets import CIFAR10_MEAN, CIFAR10_STD
 
@@ -63,38 +61,31 @@ def get_train_transforms(flip=0.1, shift_scale_rotate=0.1, cutout=0.3, crop_padd
     """
     crop = [A.Pad(padding=crop_padding, border_mode=cv2.BORDER_REFLECT_101), A.RandomCrop(32, 32)]
     mean_colour = tuple(round(255 * mean) for mean in CIFAR10_MEAN)
-    return A.Compose(
-        [
-            A.HorizontalFlip(p=flip),
-            ShiftScaleRotate(p=shift_scale_rotate),
-            *(crop if crop_padding else []),
-            A.CoarseDropout((1, 1), (16, 16), (16, 16), fill=mean_colour, p=cutout),
-            A.Normalize(CIFAR10_MEAN, CIFAR10_STD),
-            ToTensorV2(),
-        ]
-    )
+    augmentations = [
+        A.HorizontalFlip(p=flip),
+        ShiftScaleRotate(p=shift_scale_rotate),
+        *(crop if crop_padding else []),
+        A.CoarseDropout((1, 1), (16, 16), (16, 16), fill=mean_colour, p=cutout),
+    ]
+    return A.Compose([*augmentations, *get_test_transforms()])
 
 
 def get_test_transforms():
     """Normalisation only: an `albumentations.Compose` from uint8 (H, W, 3) to float32 (3, H, W)."""
-    return A.Compose([A.Normalize(CIFAR10_MEAN, CIFAR10_STD), ToTensorV2()])
+    return A.Compose([A.Normalize(CIFAR10_MEAN, CIFAR10_STD), A.ToTensorV2()])
 
 
 def normalisation(transforms):
     """(mean, std) per channel, on the scale 0 to 1, of the normalisation in a pipeline; CIFAR-10's if there is none."""
-    for transform in getattr(transforms, "transforms", [transforms]):
-        if hasattr(transform, "mean") and hasattr(transform, "std"):
-            scale = getattr(transform, "max_pixel_value", 255) / 255
-            return np.array(transform.mean) * scale, np.array(transform.std) * scale
-    return np.array(CIFAR10_MEAN), np.array(CIFAR10_STD)
+    steps = [*getattr(transforms, "transforms", [transforms]), *get_test_transforms()]
+    step = next(step for step in steps if isinstance(step, A.Normalize))
+    scale = step.max_pixel_value / 255
+    return np.array(step.mean) * scale, np.array(step.std) * scale
 
 
 def data_of(loader):
-    """The data set of a loader, be it behind a `Subset`; None if there is none."""
-    data = getattr(loader, "dataset", None)
-    while hasattr(data, "dataset"):
-        data = data.dataset
-    return data
+    """The data set of a loader, be it behind a `Subset`; the loader itself if it has none."""
+    return data_of(loader.dataset) if hasattr(loader, "dataset") else loader
 
 
 def augment_batch(pipeline, images, rng):
@@ -109,9 +100,8 @@ def augment_batch(pipeline, images, rng):
     for transform in pipeline.transforms if plain else [pipeline]:
         changed = BATCHED.get(type(transform), _image_by_image)(transform, images, rng)
         images = _image_by_image(transform, images, rng) if changed is None else changed
-    if images.dtype == np.float64:  # as some of A.Normalize's variants make it
-        images = images.astype(np.float32)
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()  # older networks flatten images by a view
+    batch = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()  # older networks flatten images by a view
+    return batch.float() if batch.dtype == torch.float64 else batch  # as some of A.Normalize's variants make it
 
 
 # ---- transforms on whole batches; None stands for arguments that none of this project's pipelines has ---------------
@@ -144,18 +134,16 @@ def _coarse_dropout(transform, images, rng):
         length = rng.integers(int(low), min(int(high), side) + 1, len(firing))
         start = rng.integers(0, side - length + 1)
         corners += [start, start + length]
-    fill = np.full_like(images[0], transform.fill)
     for index, top, bottom, left, right in zip(firing, *corners):
-        images[index, top:bottom, left:right] = fill[top:bottom, left:right]
+        images[index, top:bottom, left:right] = transform.fill
     return images
 
 
 def _pad(transform, images, rng):
-    pad, (n, height, width, channels) = transform.padding, images.shape
-    if (transform.border_mode, transform.p) != (cv2.BORDER_REFLECT_101, 1) or pad not in range(min(height, width)):
+    pad, no = transform.padding, (0, 0)
+    if (transform.border_mode, transform.p) != (cv2.BORDER_REFLECT_101, 1) or pad not in range(min(images.shape[1:3])):
         return None
-    padded = [cv2.copyMakeBorder(image, pad, pad, pad, pad, cv2.BORDER_REFLECT_101) for image in images]
-    return np.stack(padded).reshape(n, height + 2 * pad, width + 2 * pad, channels)
+    return np.pad(images, (no, (pad, pad), (pad, pad), no), "reflect")
 
 
 def _random_crop(transform, images, rng):
@@ -184,7 +172,7 @@ BATCHED = {
     A.Pad: _pad,
     A.RandomCrop: _random_crop,
     A.Normalize: _normalize,
-    ToTensorV2: lambda transform, images, rng: images,  # augment_batch makes the tensor, of the whole batch
+    A.ToTensorV2: lambda transform, images, rng: images,  # augment_batch makes the tensor, of the whole batch
 }
 
 
@@ -218,37 +206,16 @@ class ImageBatches(Dataset):
     data = property(lambda self: self.images, lambda self, images: setattr(self, "images", images))
     targets = property(lambda self: self.labels, lambda self, labels: setattr(self, "labels", labels))
     transform = property(lambda self: self.transforms, lambda self, given: setattr(self, "transforms", given))
-
-    @property
-    def class_to_idx(self):
-        return {name: index for index, name in enumerate(self.classes)}
+    class_to_idx = property(lambda self: {name: index for index, name in enumerate(self.classes)})
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, index):
-        return as_batch(self.__getitems__(index)) if isinstance(index, list) else self.__getitems__([index])[0]
+        return default_collate(self.__getitems__(index)) if isinstance(index, list) else self.__getitems__([index])[0]
 
     def __getitems__(self, indices):
         indices = [int(index) for index in indices]
         seed = int(torch.empty((), dtype=torch.int64).random_())  # other ones in each worker and epoch
         images = augment_batch(self.transforms, self.images[indices], np.random.default_rng(seed))
-        return Batch(images, torch.as_tensor(self.labels)[indices])
-
-
-class Batch(Sequence):
-    """A batch that any `collate_fn` can read as a list of (image, label) samples; `as_batch` takes it whole."""
-
-    def __init__(self, images, labels):
-        self.images, self.labels = images, labels
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        return self.images[index], int(self.labels[index])
-
-
-def as_batch(batch):
-    """The `collate_fn` that leaves a `Batch` as it is: (images, labels)."""
-    return batch.images, batch.labels
+        return [*zip(images, torch.as_tensor(self.labels)[indices].tolist())]

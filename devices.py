@@ -1,8 +1,8 @@
 """Devices, what they compute best in, and the processes that `torchrun` starts on several of them."""
 
 import atexit
+import contextlib
 import ctypes
-import functools
 import os
 import pathlib
 import sys
@@ -14,10 +14,18 @@ from torch import distributed, nn
 def best_device():
     """An NVIDIA GPU if there is one, else an Apple GPU, else the CPU, as a `torch.device`.
 
-    In a process that `torchrun` has started it joins the others, and takes the GPU of its number.
+    In a process that `torchrun` has started it joins the others, takes the GPU of its number, and from then on prints
+    nothing unless it is the first.
     """
-    join_processes()
-    if torch.cuda.is_available():
+    cuda = torch.cuda.is_available()
+    if distributed.is_available() and distributed.is_torchelastic_launched() and not distributed.is_initialized():
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("nccl" if cuda and distributed.is_nccl_available() else "gloo")
+        atexit.register(_leave_processes)
+        if rank():
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    if cuda:
         return torch.device("cuda", torch.cuda.current_device())
     # Apple's GPU is a single one, which processes cannot share.
     return torch.device("mps" if torch.backends.mps.is_available() and world_size() == 1 else "cpu")
@@ -25,20 +33,15 @@ def best_device():
 
 def autocast_dtype(device):
     """The type to compute in: bfloat16 where it is faster, float16 on older NVIDIA GPUs, else float32."""
-    device = torch.device(device)
+    device, words = torch.device(device), []
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and _faster_in_bfloat16() else torch.float32
-
-
-@functools.cache
-def _faster_in_bfloat16(cpuinfo="/proc/cpuinfo"):
-    """Whether Linux says that the CPU has AMX, or is AMD's with AVX512-BF16, which on Intel has half float32's rate."""
-    try:
-        words = pathlib.Path(cpuinfo).read_text().split("\n\n")[0].split()
-    except OSError:  # not Linux
-        return False
-    return "amx_bf16" in words or ("avx512_bf16" in words and "AuthenticAMD" in words)
+    if device.type == "cpu":
+        with contextlib.suppress(OSError):  # not Linux
+            words = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n")[0].split()
+    # Intel's AVX512-BF16 without AMX has half the rate of float32.
+    faster = "amx_bf16" in words or ("avx512_bf16" in words and "AuthenticAMD" in words)
+    return torch.bfloat16 if faster else torch.float32
 
 
 def memory_format(model, device):
@@ -56,39 +59,20 @@ def memory_format(model, device):
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
-@functools.cache
 def keep_freed_memory():
     """Tell glibc to reuse the memory of freed tensors; else it returns large ones, and every step zeroes new pages."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # of another C library, which has its own way
         libc = ctypes.CDLL("libc.so.6")
         # M_MMAP_THRESHOLD, of which older versions take at most 2**25, and M_TRIM_THRESHOLD, which alone does harm.
         if libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25):
             libc.mallopt(-1, 2**31 - 1)
-    except (OSError, AttributeError):
-        pass  # another C library, which has its own way
 
 
 def unwrap(model):
     """The network inside `DataParallel`, `DistributedDataParallel` and `torch.compile`, in any order."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):  # torch.compile
-            model = model._orig_mod
-        else:
-            return model
-
-
-def join_processes():
-    """Join the other processes, if `torchrun` has started this one; all but the first are silent from now on."""
-    if not distributed.is_available() or not distributed.is_torchelastic_launched() or distributed.is_initialized():
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if torch.cuda.is_available() and distributed.is_nccl_available() else "gloo")
-    atexit.register(_leave_processes)
-    if rank():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
 
 
 def _leave_processes():
@@ -108,29 +92,26 @@ def rank():
 
 def gather(value):
     """What each process has, in a list, the same in all of them."""
-    if world_size() == 1:
-        return [value]
-    gathered = [None] * world_size()
-    distributed.all_gather_object(gathered, value)
+    gathered = [value] * world_size()
+    if world_size() > 1:
+        distributed.all_gather_object(gathered, value)
     return gathered
 
 
 def begin_epoch(model, loader):
     """Give all processes the weights and running statistics of the first, and one new order of the images."""
-    if world_size() == 1:
-        return
-    for value in unwrap(model).state_dict().values():
-        distributed.broadcast(value, 0)
-    if hasattr(sampler := getattr(loader, "sampler", None), "set_epoch"):
-        sampler.set_epoch(gather(int(torch.randint(2**31, ())))[0])
+    if world_size() > 1:
+        for value in unwrap(model).state_dict().values():
+            distributed.broadcast(value, 0)
+        if hasattr(sampler := getattr(loader, "sampler", None), "set_epoch"):
+            sampler.set_epoch(gather(int(torch.randint(2**31, ())))[0])
 
 
 def average_gradients(model):
     """Give all processes the mean of their gradients; after a `DistributedDataParallel` it changes nothing."""
-    if world_size() == 1:
-        return
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    distributed.all_reduce(flat)
-    for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
-        gradient.copy_(total.view_as(gradient) / world_size())
+    if world_size() > 1:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        distributed.all_reduce(flat)
+        for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(total.view_as(gradient) / world_size())

@@ -8,7 +8,6 @@ import hashlib
 import http.client
 import os
 import shutil
-import tarfile
 import tempfile
 import time
 import urllib.request
@@ -27,7 +26,6 @@ ARCHIVE_NAME = "cifar-10-python.tar.gz"
 ARCHIVE_SIZE = 170_498_071  # bytes
 ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 FOLDER_NAME = "cifar-10-batches-py"  # the one folder inside the archive
-
 STALL_SECONDS = 20  # a source that is silent for this long is given up
 MIN_BYTES_PER_SECOND = 200_000  # below this (14 minutes for the archive) the other sources are tried first
 SLOW_SECONDS = 10  # after which that is known
@@ -60,29 +58,27 @@ def _download(archive):
     for slowest in (MIN_BYTES_PER_SECOND, 0):  # a slow source is better than none
         for source in SOURCES:
             try:
-                reason = _fetch(source, part, slowest)
-                if not reason and (reason := mismatch(part)):
-                    part.unlink()  # an earlier source's bytes may be to blame: the second round starts afresh
+                _fetch(source, part, slowest)
+                if not (wrong := mismatch(part)):
+                    return os.replace(part, archive)
+                part.unlink()  # an earlier source's bytes may be to blame: the second round starts afresh
+                reasons[source] = wrong
             except (OSError, http.client.HTTPException, ValueError) as error:
-                reason = str(error) or type(error).__name__
-            if not reason:
-                return os.replace(part, archive)
-            reasons[source] = reason
-            print(f"{source}: {reason}", flush=True)
+                reasons[source] = str(error) or type(error).__name__
+            print(f"{source}: {reasons[source]}", flush=True)
     raise DownloadError(
         "CIFAR-10 could not be downloaded from any source:\n"
         + "".join(f"  {source}: {reason}\n" for source, reason in reasons.items())
-        + "Whatever has arrived is kept, and the next call resumes it. Without these sources, copy the archive to\n"
-        f"{archive.resolve()}, set CIFAR10_ROOT to a folder of images, as train/<class>/*.png and\n"
-        "test/<class>/*.png, or use the sample that needs no download: DATASET=digits"
+        + f"The next call resumes with what has arrived. Or copy the archive to {archive.resolve()}, set\n"
+        "CIFAR10_ROOT to a folder with train/<class>/*.png and test/<class>/*.png, or use DATASET=digits"
     )
 
 
 def _fetch(source, part, slowest):
-    """Complete the file `part` from a source; returns why it could not, or ''."""
+    """Complete the file `part` from a source; an error says why it could not be."""
     start = part.stat().st_size if part.exists() else 0
     if start >= ARCHIVE_SIZE:
-        return ""
+        return
     headers = {"User-Agent": "cifar-10-download"}  # some refuse urllib's own
     request = urllib.request.Request(source, headers=headers | ({"Range": f"bytes={start}-"} if start else {}))
     print(f"fetching {source}", flush=True)  # a host may be silent for a while
@@ -91,7 +87,7 @@ def _fetch(source, part, slowest):
             start = 0  # it sends the whole file
         size = int(response.headers.get("Content-Length", ARCHIVE_SIZE - start)) + start
         if size != ARCHIVE_SIZE:  # before the file is touched: an error page must not replace what is there
-            return f"offers {size:,} bytes instead of {ARCHIVE_SIZE:,}"
+            raise ValueError(f"offers {size:,} bytes instead of {ARCHIVE_SIZE:,}")
         bar = progress_bar(total=ARCHIVE_SIZE, initial=start, unit="B", unit_scale=True)
         with bar, part.open("ab") as file:
             file.truncate(start)
@@ -101,26 +97,23 @@ def _fetch(source, part, slowest):
                 bar.update(len(chunk))
                 arrived, seconds = arrived + len(chunk), time.monotonic() - begun
                 if seconds > SLOW_SECONDS and arrived < slowest * seconds:
-                    return f"sends only {arrived / seconds / 1000:.1f} kB/s"
-    missing = ARCHIVE_SIZE - start - arrived
-    return f"closed the connection with {missing:,} bytes missing" if missing else ""
+                    break
+    if missing := ARCHIVE_SIZE - start - arrived:
+        raise ValueError(f"closed the connection, or was too slow, with {missing:,} bytes missing")
 
 
 def mismatch(path):
     """How a file differs from the official archive in words, or '' if it is the official archive."""
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    size = path.stat().st_size
-    return "" if found == ARCHIVE_SHA256 else f"it has {size:,} bytes of SHA-256 {found} instead of {ARCHIVE_SHA256}"
+    return "" if found == ARCHIVE_SHA256 else f"{path.stat().st_size:,} bytes of SHA-256 {found}, not {ARCHIVE_SHA256}"
 
 
 def _extract(archive):
     if wrong := mismatch(archive):
         raise DownloadError(f"{archive} is not the official CIFAR-10 archive ({wrong}); delete it or move it away")
-    prefix = ".cifar-10-unpacking-"
-    for leftover in archive.parent.glob(f"{prefix}*"):  # of a process that was killed: we hold the lock
+    for leftover in archive.parent.glob(".cifar-10-unpacking-*"):  # of a process that was killed: we hold the lock
         shutil.rmtree(leftover)
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=archive.parent) as temporary:
-        with tarfile.open(archive, "r:gz") as tar:
-            tar.extractall(temporary, filter="data")
+    with tempfile.TemporaryDirectory(prefix=".cifar-10-unpacking-", dir=archive.parent) as temporary:
+        shutil.unpack_archive(archive, temporary, filter="data")
         os.replace(Path(temporary) / FOLDER_NAME, archive.with_name(FOLDER_NAME))

@@ -20,8 +20,7 @@ class Tally:
         self.what, self.loader, self.start = what, loader, time.monotonic()
         self.losses, self.sizes, self.correct, self.last_shown = [], [], 0, self.start
         # The bar gets the length and not the loader, of which older versions of tqdm start a second epoch.
-        total = operator.length_hint(loader) or None
-        self.bar = progress_bar(total=total, desc=what, unit="batch", leave=False)
+        self.bar = progress_bar(total=operator.length_hint(loader) or None, desc=what, unit="batch", leave=False)
 
     def add(self, loss, predictions, labels):
         """Count a batch, and twice a second show how far it is."""
@@ -39,10 +38,8 @@ class Tally:
         losses = torch.stack(self.losses).tolist() if self.losses else []
         for batch, loss in enumerate(losses, start=1):
             if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"{self.what}, batch {batch}: the loss is {loss}; try a smaller learning rate, or look for values "
-                    "that are not finite in data and weights"
-                )
+                advice = "try a smaller learning rate, or look for values that are not finite in data and weights"
+                raise FloatingPointError(f"{self.what}, batch {batch}: the loss is {loss}; {advice}")
         return sum(loss * size for loss, size in zip(losses, self.sizes)), int(self.correct), sum(self.sizes)
 
     def read(self, losses, accuracies, verbose):
@@ -76,13 +73,6 @@ class MisclassifiedSamples(list):
         part = super().__getitem__(index)
         return MisclassifiedSamples(part, self.transforms) if isinstance(index, slice) else part
 
-    def add(self, images, labels, predictions):
-        """Take over what is wrong in a batch."""
-        images, labels, predictions = images.cpu(), class_indices(labels).cpu(), predictions.cpu()
-        wrong = predictions != labels
-        for sample in zip(images[wrong], labels[wrong], predictions[wrong]):
-            self.append(tuple(map(torch.clone, sample)))  # a view would keep, and save, the whole batch
-
 
 def check_first_batch(model, criterion, scores, labels):
     """The labels are classes of the model, and the scores are what the criterion takes."""
@@ -99,20 +89,13 @@ def check_first_batch(model, criterion, scores, labels):
         if are_probabilities(scores):
             raise ValueError('the model ends in a softmax; remove it, and train with get_loss("cross_entropy")')
         if takes_logs and (scores.logsumexp(dim=1).abs() > 0.1).any():
-            raise ValueError(
-                "the model returns scores, and the loss takes log-probabilities; train with "
-                'get_loss("cross_entropy"), or end the model in log_softmax'
-            )
+            what = "the model returns scores, and the loss takes log-probabilities"
+            raise ValueError(f'{what}; train with get_loss("cross_entropy"), or end the model in log_softmax')
 
 
 def are_probabilities(scores):
     """Whether all scores (N, classes) come out of a softmax already; half precision leaves their sums 0.05 off."""
     return scores.shape[1] > 1 and bool((scores >= 0).all() & ((scores.sum(dim=1) - 1).abs() < 0.05).all())
-
-
-def as_probabilities(scores):
-    """The softmax of scores or log-probabilities (N, classes); probabilities as they are."""
-    return scores if are_probabilities(scores) else scores.softmax(dim=1)
 
 
 def check_optimizer(model, optimizer, criterion, scheduler, loader):
@@ -121,19 +104,14 @@ def check_optimizer(model, optimizer, criterion, scheduler, loader):
     own = {*model.parameters(), *(criterion.parameters() if isinstance(criterion, nn.Module) else ())}
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p not in held]
     if missing and held - own:
-        raise ValueError(
-            f"the optimizer lacks {missing[0]} of this model and holds parameters of another, as before a layer was "
-            "replaced; make it again, with get_optimizer(model, ...)"
-        )
-    if scheduler is None:
-        return
+        what = f"lacks {missing[0]} of this model and holds parameters of another, as before a layer was replaced"
+        raise ValueError(f"the optimizer {what}; make it again, with get_optimizer(model, ...)")
     if getattr(scheduler, "optimizer", optimizer).param_groups is not optimizer.param_groups:
         raise ValueError("the scheduler is of another optimizer, whose learning rate it would set; make it again")
     batches = operator.length_hint(loader)  # 0 where the loader does not know
     for part in (scheduler, *getattr(scheduler, "_schedulers", ())):  # of a SequentialLR, say
         made_for = getattr(part, "steps_per_epoch", None)
         if made_for and batches and made_for != batches:
-            raise ValueError(
-                f"the scheduler, {type(part).__name__}, was made for epochs of {made_for}, not {batches} batches; make "
-                "it with steps_per_epoch=len(train_loader), or step it after each epoch and do not give it to train"
-            )
+            what = f"the scheduler, {type(part).__name__}, was made for epochs of {made_for}, not {batches} batches"
+            advice = "with steps_per_epoch=len(train_loader), or step it after each epoch and do not give it to train"
+            raise ValueError(f"{what}; make it {advice}")

@@ -48,8 +48,6 @@ def load_images(dataset, split, root=None):
         ValueError: unknown dataset or split, a root that holds something else, or data that is incomplete or damaged.
         OSError: a class without images, a link to nothing, a folder that cannot be written.
         download.DownloadError: the archive could not be downloaded, or is not the official one.
-
-    Source: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
     """
     if dataset not in ("cifar10", "digits") or split not in SPLITS:
         raise ValueError(f"unknown: {dataset!r}, {split!r}. There is 'cifar10' and 'digits', with 'train' and 'test'")
@@ -62,12 +60,10 @@ def load_images(dataset, split, root=None):
         loaded = _load_folder(root, split)
     else:
         found = sorted(path.name for path in root.glob("[!.]*"))
-        usable = any(name.startswith("cifar-10") for name in found) or (root.is_dir() and not found)
-        if named and not usable:
-            raise ValueError(
-                f"{root.absolute()} {f'holds {_some(found)}' if found else 'is no folder'}; name one with "
-                f"train/<class>/ and test/<class>/, {download.FOLDER_NAME}/ or {download.ARCHIVE_NAME}, or an empty one"
-            )
+        if named and (found or not root.is_dir()) and not any(root.glob("cifar-10*")):
+            what = f"holds {_some(found)}" if found else "is no folder"
+            layouts = f"train/<class>/ and test/<class>/, {download.FOLDER_NAME}/ or {download.ARCHIVE_NAME}"
+            raise ValueError(f"{root.absolute()} {what}; name one with {layouts}, or an empty one")
         loaded = _load_official(root, split)
     print(f"{split}: {len(loaded.labels):,} images in {len(loaded.classes)} classes from {loaded.source}")
     return loaded
@@ -92,12 +88,8 @@ def _some(names):
     return (", ".join(names[:5]) or "none") + (f", … ({len(names):,} in all)" if len(names) > 5 else "")
 
 
-# ---- a folder of images ----------------------------------------------------------------------------------------
-
-
 def _load_folder(root, split):
-    from torchvision.datasets import ImageFolder  # slow to import, and not needed for the digits
-    from torchvision.datasets.folder import IMG_EXTENSIONS
+    from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder  # slow to import, not needed for the digits
 
     passed_over = []
 
@@ -108,10 +100,8 @@ def _load_folder(root, split):
 
     train, test = ({path.name for path in (root / part).glob("*/")} for part in SPLITS)
     if train != test:
-        raise ValueError(
-            f"train/ and test/ in {root} must have the same classes; only in train/: {_some(sorted(train - test))}; "
-            f"only in test/: {_some(sorted(test - train))}"
-        )
+        only = f"only in train/: {_some(sorted(train - test))}; only in test/: {_some(sorted(test - train))}"
+        raise ValueError(f"train/ and test/ in {root} must have the same classes; {only}")
     folder = ImageFolder(root / split, is_valid_file=is_image)
     if passed_over:
         print(f"{root / split}: passed over {len(passed_over):,} files of other kinds")
@@ -122,11 +112,9 @@ def _load_folder(root, split):
 
 def _decode(root, split, paths):
     """Images uint8 (N, 32, 32, 3) of the files, from the cache if no file has changed since it was written."""
-    fingerprint = hashlib.sha256()
-    for path in paths:
-        status = os.stat(path)
-        fingerprint.update(os.fsencode(f"{path[len(str(root)) :]}\0{status.st_size}\0{status.st_mtime_ns}\n"))
-    cache, fingerprint = root / f".{split}-{IMAGE_SIZE}px.pt", fingerprint.hexdigest()
+    found = zip(paths, map(os.stat, paths))
+    listed = "".join(f"{path[len(str(root)) :]}\0{status.st_size}\0{status.st_mtime_ns}\n" for path, status in found)
+    cache, fingerprint = root / f".{split}-{IMAGE_SIZE}px.pt", hashlib.sha256(os.fsencode(listed)).hexdigest()
     try:
         stored = load_weights(cache) if cache.exists() else {"fingerprint": None}
         if stored["fingerprint"] == fingerprint:
@@ -171,11 +159,7 @@ def to_rgb(image):
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    return np.array(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR))  # a copy if it has that size
-
-
-# ---- the official batches, and the offline sample --------------------------------------------------------------
+    return np.array(image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR))  # a copy
 
 
 def _load_official(root, split):
@@ -187,9 +171,7 @@ def _load_official(root, split):
     try:
         data = CIFAR10(root, train=split == "train", download=False)  # checks MD5s before it opens the pickles
     except RuntimeError:
-        raise ValueError(
-            f"{folder} is damaged (a file is missing or fails its MD5 check); delete it, and it is unpacked anew"
-        ) from None
+        raise ValueError(f"{folder} is damaged (a file is missing or wrong); delete it, to unpack it anew") from None
     images = np.ascontiguousarray(data.data)  # torchvision gives a channels-last view of planes
     labels = np.array(data.targets, dtype=np.int64)
     return ImageSet(images, labels, tuple(data.classes), "CIFAR-10", f"official batches in {folder}")
@@ -202,7 +184,6 @@ def _load_digits(split):
     digits = load_digits()
     parts = train_test_split(digits.images, digits.target, test_size=360, stratify=digits.target, random_state=0)
     greys, labels = parts[SPLITS.index(split) :: 2]
-    greys = (greys * (255 / 16)).round().astype(np.uint8)  # sklearn's values are 0 to 16
-    images = np.stack([to_rgb(Image.fromarray(grey)) for grey in greys])
+    images = np.stack([to_rgb(Image.fromarray(grey)) for grey in np.float32(greys / 16)])  # their values are 0 to 16
     classes = tuple(map(str, digits.target_names))
     return ImageSet(images, labels.astype(np.int64), classes, "digits (offline sample)", "sklearn.datasets.load_digits")

@@ -20,14 +20,12 @@ def faster_layers(model, device):
     # torch.compile makes kernels of its own, whether it has wrapped the model or compiled it in place.
     compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules())
     modules = [] if compiled or device.type != "cpu" else model.modules()
-    faster = {module: way for module in modules if (way := _faster_way(module))}
-    for module, way in faster.items():
-        module.forward = _Faster(module, way)
-    try:
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            if way := _faster_way(module):
+                module.forward = _Faster(way, module)
+                stack.callback(delattr, module, "forward")
         yield
-    finally:
-        for module in faster:
-            del module.forward
 
 
 def _faster_way(module):
@@ -40,17 +38,11 @@ def _faster_way(module):
     return None
 
 
-class _Faster:
+class _Faster(functools.partial):
     """A forward in place of a module's own, which a copy or a pickle of the module does not take over."""
 
-    def __init__(self, module, forward):
-        self.module, self.forward = module, forward
-
-    def __call__(self, x):
-        return self.forward(self.module, x)
-
     def __reduce__(self):
-        return getattr, (self.module, "forward")  # by then of a module without this
+        return getattr, (self.args[0], "forward")  # by then of a module without this
 
 
 def _depthwise(conv, x):

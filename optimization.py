@@ -6,10 +6,7 @@ import re
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn, optim
-from torch.nn.utils.rnn import pad_sequence
-from torch.optim import lr_scheduler
 
 from devices import unwrap
 
@@ -33,9 +30,8 @@ class MuonSGD(optim.Optimizer):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
                 continue
-            for parameter in parameters:
-                if "momentum_buffer" not in self.state[parameter]:
-                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            for parameter in [p for p in parameters if "momentum_buffer" not in self.state[p]]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
             momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
             # torch._foreach, as torch's own optimizers: on a GPU few kernels for all parameters, not some for each.
             decay = 0 if group["muon"] else group["weight_decay"]
@@ -67,7 +63,7 @@ def orthogonalized(matrices):
     for index, matrix in enumerate(tall):
         batches.setdefault((matrix.shape[1], matrix.dtype, matrix.device), []).append(index)
     for indices in batches.values():
-        x = pad_sequence([tall[index] for index in indices], batch_first=True)
+        x = nn.utils.rnn.pad_sequence([tall[index] for index in indices], batch_first=True)
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
         for _ in range(5):
             gram = x.mT @ x
@@ -106,7 +102,7 @@ def _classes(module, base):
 
 # Not Muon, which takes nothing but matrices, nor LBFGS, which steps by a closure, which `train` does not have.
 OPTIMIZERS = [kind for kind in _classes(optim, optim.Optimizer) if kind.__name__ not in ("Muon", "LBFGS")] + [MuonSGD]
-SCHEDULERS = _classes(lr_scheduler, lr_scheduler.LRScheduler)
+SCHEDULERS = _classes(optim.lr_scheduler, optim.lr_scheduler.LRScheduler)
 
 
 def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, decay="all", kernel_lr=None, **options):
@@ -124,10 +120,8 @@ def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, d
     name, lr = options.pop("optname", name), options.pop("learningrate", lr)  # the names of the original code
     momentum = options.pop("momentumval", momentum)
     kind, model = _named(name, "optimizer", OPTIMIZERS), unwrap(model)
-    if "momentum" in inspect.signature(kind).parameters:
-        options["momentum"] = momentum
-    if weight_decay is not None:
-        options["weight_decay"] = weight_decay
+    options |= {"momentum": momentum} if "momentum" in inspect.signature(kind).parameters else {}
+    options |= {} if weight_decay is None else {"weight_decay": weight_decay}
     kernels = _muon_kernels(model) if kind is MuonSGD else []
     layers = [module for module in model.modules() if isinstance(module, WITH_WEIGHTS)]
     weights = {p for layer in layers for name, p in layer.named_parameters() if "bias" not in name}
@@ -159,38 +153,27 @@ def get_scheduler(optimizer, size_or_name=None, gamma=None, name="StepLR", epoch
             OneCycleLR's total_steps in steps. max_lr is by default the learning rate of each of the optimizer's groups.
 
     Raises:
-        ValueError: unknown name; a scheduler that has no length in epochs and so cannot be stepped after every batch;
-            an optimizer whose learning rate an earlier scheduler has brought to nothing.
+        ValueError: unknown name; no length in epochs to count in batches; a learning rate brought to nothing before.
     """
     options.pop("verbose", None)  # which torch has given up
     size_or_name, gamma = options.pop("stepsize", size_or_name), options.pop("gamma_val", gamma)
     if isinstance(size_or_name, str):
-        name = size_or_name
-    elif size_or_name is not None:
-        options["step_size"] = size_or_name
-    if gamma is not None:
-        options["gamma"] = gamma
+        name, size_or_name = size_or_name, None
+    positional = {"step_size": size_or_name, "gamma": gamma}
+    options |= {key: value for key, value in positional.items() if value is not None}
     kind = _named("StepLR" if isinstance(name, bool) else name, "scheduler", SCHEDULERS)
     for group in optimizer.param_groups:
         peak = group.get("max_lr", group.get("initial_lr", 0))  # which schedulers leave there
         # Before the first step a warm-up may have set it as low.
         if group["lr"] < 1e-3 * peak and getattr(optimizer, "_opt_called", False):
-            raise ValueError(
-                f"an earlier scheduler has brought the learning rate of this optimizer from {peak:.2g} down to "
-                f"{group['lr']:.2g}; make the optimizer again"
-            )
+            raise ValueError(f"an earlier scheduler left lr {peak:.2g} → {group['lr']:.2g}; make the optimizer again")
     takes = inspect.signature(kind).parameters
     if steps_per_epoch > 1 and not (IN_EPOCHS | {"steps_per_epoch"}) & takes.keys():
-        raise ValueError(
-            f"{kind.__name__} has no length in epochs; make torch.optim.lr_scheduler.{kind.__name__} yourself, with "
-            "what it counts in batches"
-        )
-    given = {"T_max": epochs, "epochs": epochs, "steps_per_epoch": steps_per_epoch}
+        raise ValueError(f"{kind.__name__} has no length in epochs; make torch's own, with what it counts in batches")
+    given = {"T_max": epochs, "epochs": epochs, "steps_per_epoch": steps_per_epoch, "step_size": 10}
     given["max_lr"] = [group["lr"] for group in optimizer.param_groups]
     if "total_iters" in takes:  # others than PolynomialLR have it for a part of the run, such as its warm-up
-        given["total_iters"] = (kind is lr_scheduler.PolynomialLR and epochs) or takes["total_iters"].default
-    if kind is lr_scheduler.StepLR:
-        given |= {"step_size": 10, "gamma": 0.1}
+        given["total_iters"] = (kind is optim.lr_scheduler.PolynomialLR and epochs) or takes["total_iters"].default
     given = {key: value for key, value in given.items() if key in takes and value is not None} | options
     for key in IN_EPOCHS & given.keys():
         if given[key] is not None:  # whole ones, as torch waits for a step that is equal
@@ -206,5 +189,5 @@ def get_loss(name="nll_loss", **options):
 
     It is a function of (scores, labels); `get_loss()(scores, labels, reduction="sum")` is another reduction.
     """
-    kind = _named(options.pop("loss_name", name), "loss", [F.nll_loss, F.cross_entropy])
+    kind = _named(options.pop("loss_name", name), "loss", [nn.functional.nll_loss, nn.functional.cross_entropy])
     return functools.partial(kind, **options)

@@ -14,8 +14,7 @@ from devices import rank
 
 
 def write_atomically(path, data):
-    """Write bytes to path so that it holds either all of them or, after an OSError, what it held before."""
-    path = pathlib.Path(path)
+    """Write bytes to a Path so that it holds either all of them or, after an OSError, what it held before."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(partial, "wb") as file:
@@ -45,17 +44,14 @@ def load_weights(path):
     """
     with open(path, "rb") as file:  # whatever goes wrong from here on is in the bytes
         try:
-            if zipfile.is_zipfile(file):  # the format since torch 1.6, whose checksums torch itself does not check
-                with zipfile.ZipFile(file) as archive:
-                    for name in archive.namelist():
-                        archive.read(name)
+            # The format since torch 1.6, whose checksums torch itself does not check.
+            if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip() is not None:
+                raise zipfile.BadZipFile("a checksum is wrong")
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever zipfile, pickle and torch find wrong in arbitrary bytes
             reason = "it holds more than tensors" if "weights_only" in str(error) else str(error).split("\n")[0]
-    raise ValueError(
-        f"{path} is damaged or no file of tensors that torch.save wrote ({reason}); put back a good copy or delete it"
-    )
+    raise ValueError(f"{path} is damaged or no file of tensors ({reason}); put back a good copy or delete it")
 
 
 def save_figure(figure, path=None):
@@ -68,9 +64,8 @@ def save_figure(figure, path=None):
 
 
 def progress_bar(iterable=None, **options):
-    """tqdm's bar in a notebook or a terminal; none in a log file, or where its own TQDM_DISABLE is set."""
-    hidden = rank() > 0 or bool(os.environ.get("TQDM_DISABLE"))
-    return tqdm(iterable, disable=hidden or None, **options)  # None leaves it to whether there is a terminal
+    """tqdm's bar in a notebook or a terminal, which None has it look for; none where its own TQDM_DISABLE is set."""
+    return tqdm(iterable, disable=rank() > 0 or bool(os.environ.get("TQDM_DISABLE")) or None, **options)
 
 
 def in_notebook():

@@ -13,7 +13,7 @@ from PIL import Image
 
 from augment import augment_batch, get_test_transforms
 from devices import unwrap
-from epoch import as_probabilities
+from epoch import are_probabilities
 from image_sets import CIFAR10_CLASSES, FORMATS, to_rgb
 from output import save_figure
 from pretrained import shipped
@@ -45,10 +45,8 @@ def class_names(label_map):
         pairs = {label: name for name, label in pairs.items()}
     names = [str(pairs[label]) for label in range(len(pairs)) if label in pairs]
     if len({*names}) < len(pairs):
-        raise ValueError(
-            f"{label_map!r} does not say the class of each label; give each name once, in a list, {{name: label}} or "
-            "{label: name}, with the labels 0, 1, 2, ..."
-        )
+        advice = "give each name once, in a list, {name: label} or {label: name}, with the labels 0, 1, 2, ..."
+        raise ValueError(f"{label_map!r} does not say the class of each label; {advice}")
     return names
 
 
@@ -84,8 +82,8 @@ def probabilities(model, images):
     """Probabilities (N, classes), on the CPU, of normalised images float (N, 3, H, W)."""
     model = unwrap(model).eval()  # torch.compile would compile anew for each number of pictures
     parameter = next(model.parameters(), torch.empty(0))
-    scores = [model(batch.to(parameter)).float().cpu() for batch in images.split(256)]  # memory for 256
-    return as_probabilities(torch.cat(scores))
+    scores = torch.cat([model(batch.to(parameter)).float().cpu() for batch in images.split(256)])  # memory for 256
+    return scores if are_probabilities(scores) else scores.softmax(dim=1)
 
 
 def _as_pil(image):
@@ -108,8 +106,7 @@ def _as_pil(image):
 
 def post_predictions(pictures, predictions, path=None):
     """Pictures, in any form that `predict` takes, each above its three most probable classes."""
-    columns = min(len(pictures), 6)
-    rows = -(-len(pictures) // columns)
+    columns, rows = min(len(pictures), 6), -(-len(pictures) // 6)
     size = (2.3 * columns, 3.6 * rows)
     figure, axes = plt.subplots(2 * rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
@@ -128,8 +125,7 @@ def post_predictions(pictures, predictions, path=None):
 def main():
     parser = argparse.ArgumentParser(description=f"Classify pictures, by default as {', '.join(CIFAR10_CLASSES)}.")
     parser.add_argument("pictures", nargs="+", metavar="picture", help="an image file of any size")
-    names = ", ".join(shipped())
-    parser.add_argument("--weights", help=f"{names} (default: the first), or runs/<name>/last.pt of a run of your own")
+    parser.add_argument("--weights", help=f"{', '.join(shipped())} (default: the first), or your runs/<name>/last.pt")
     parser.add_argument("--show", metavar="FILE", help="draw the pictures and their classes into this file")
     arguments = parser.parse_args()
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter of a name

@@ -20,17 +20,12 @@ def shipped():
     return sorted(names, key=lambda name: -provenance(name)["test_accuracy_percent"])
 
 
-def _files(weights):
-    """(weights, JSON) of weights that ship, by name, or of a run, by the path of its last.pt or best.pt."""
-    path = pathlib.Path(weights)
-    of_run = path, path.with_name("run.json")
-    return of_run if path.suffix == ".pt" else (WEIGHTS / f"{weights}.pt", WEIGHTS / f"{weights}.json")
-
-
 def provenance(weights):
-    """What is known of weights, {"hyperparameters": ..., "versions": ...}; ValueError if nothing is."""
+    """What is known of weights that ship, by name, or of a run's last.pt or best.pt, a dict; ValueError if nothing."""
+    path = pathlib.Path(weights)
+    file = path.with_name("run.json") if path.suffix == ".pt" else WEIGHTS / f"{weights}.json"
     try:
-        return json.loads(_files(weights)[1].read_text())
+        return json.loads(file.read_text())
     except (OSError, ValueError):
         names = ", ".join(shipped())
         raise ValueError(f"no weights {weights}; there is {names}, and runs/<name>/last.pt with its run.json") from None
@@ -52,7 +47,8 @@ class Pretrained(nn.Module):
         Raises:
             ValueError, OSError: no such weights, damaged ones, or of another network, or the network was changed since.
         """
-        known, state = provenance(weights), load_weights(_files(weights)[0])
+        path = weights if pathlib.Path(weights).suffix == ".pt" else WEIGHTS / f"{weights}.pt"
+        known, state = provenance(weights), load_weights(path)
         trained = known.get("hyperparameters", {})
         try:
             model = cls(trained["dropout"], len(trained["classes"].split("/")))
@@ -65,8 +61,6 @@ class Pretrained(nn.Module):
         except (RuntimeError, ValueError, TypeError, KeyError):  # other shapes; settings other than run_settings
             fits = False
         if not fits:
-            raise ValueError(
-                f"{weights} does not fit {cls.__name__}: it is of {trained.get('model', 'something else')}, or of "
-                f"{cls.__name__} before it was changed, or not the last.pt or best.pt of a run"
-            )
+            other = f"{trained.get('model', 'something else')}, or of {cls.__name__} before it was changed"
+            raise ValueError(f"{weights} does not fit {cls.__name__}: it is of {other}, or no run's last.pt or best.pt")
         return model.eval()

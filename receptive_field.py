@@ -39,9 +39,8 @@ class ReceptiveFieldTable(list):
     def __repr__(self):
         lines = [["name", "layer", "size", "jump", "field"]]
         lines += [["all" if cell is None else str(cell) for cell in row] for row in self]
-        name, layer, size, jump, field = (max(map(len, column)) for column in zip(*lines))
-        layout = f"{{:{name}}}  {{:{layer}}}  {{:>{size}}}  {{:>{jump}}}  {{:>{field}}}"
-        return "\n".join(layout.format(*line) for line in lines)
+        name, layer, *_ = (max(map(len, column)) for column in zip(*lines))
+        return "\n".join(f"{a:{name}}  {b:{layer}}  {c:>4}  {d:>4}  {e:>5}" for a, b, c, d, e in lines)
 
     def _repr_html_(self):
         return scrolled(str(self))
@@ -51,9 +50,8 @@ class ReceptiveFieldTable(list):
 def receptive_field(model, input_size=32):
     """Measure what each output of each convolution and pooling sees of the image.
 
-    Whatever a NaN reaches becomes NaN. A strip is NaN on one side of an edge, and then on the other; the
-    outputs that are NaN both times see both sides. On average over the positions of the edge there are
-    (receptive field - 1) / jump of them.
+    Whatever a NaN reaches becomes NaN. A strip is NaN on one side of an edge, then on the other; outputs that are NaN
+    both times see both sides. Over the positions of the edge there are (receptive field - 1) / jump of them on average.
 
     Args:
         model: any network of images; a copy of it runs on the CPU, in evaluation mode. Layers behind a head that takes
@@ -61,23 +59,28 @@ def receptive_field(model, input_size=32):
         input_size: side of the square input in pixels.
 
     Returns:
-        A `ReceptiveFieldTable`: a `Row` for each layer, in the order of execution.
-
-    Raises:
-        ValueError: a network without such layers, or with a step that enlarges the image or loses a NaN.
+        A `ReceptiveFieldTable`: a `Row` for each layer, in the order of execution; ValueError for a network without
+        such layers, or with a step that enlarges the image or loses a NaN.
 
     Example:
         >>> receptive_field(nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3))).total
         8
     """
     # In float64, whose kernels mix no columns that the convolution does not, as the faster ones for float32 do.
-    model = copy.deepcopy(unwrap(model)).cpu().double().eval()
+    model, outputs = copy.deepcopy(unwrap(model)).cpu().double().eval(), []
+    for name, module in model.named_modules():
+        if isinstance(module, LAYERS):
+            keep = lambda _, __, y, name=name: outputs.append((name, y.isnan().flatten(1, -2).any(dim=1)))  # noqa: E731
+            module.register_forward_hook(keep)
 
     def layers(width, left=None):
-        """Of an image of zeros, or of some that are NaN where `left` (N, width) says so."""
+        """[(layer, bool (N, columns), where it has NaNs)] of images of zeros, NaN where `left` (N, width) says so."""
         left = torch.zeros(1, width, dtype=torch.bool) if left is None else left
         images = torch.zeros(len(left), _channels(model), input_size, width, dtype=torch.float64)
-        return _nans(model, images.masked_fill(left[:, None, None], math.nan), one_size=width == input_size)
+        outputs.clear()
+        with contextlib.nullcontext() if width == input_size else contextlib.suppress(Exception):
+            model(images.masked_fill(left[:, None, None], math.nan))
+        return [*outputs]
 
     def both_sides(width, edges):
         """Of each layer, bool (edges, columns), which outputs see both sides of an edge, at so many places."""
@@ -128,20 +131,6 @@ def _described(layer):
 
 def _channels(model):
     return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
-
-
-def _nans(model, images, one_size):
-    """[(name, bool (N, columns), where its output has a NaN)] of each layer, up to one that takes no such images."""
-    outputs, hooks = [], []
-    for name, module in model.named_modules():
-        if isinstance(module, LAYERS):
-            keep = lambda _, __, y, name=name: outputs.append((name, y.isnan().flatten(1, -2).any(dim=1)))  # noqa: E731
-            hooks.append(module.register_forward_hook(keep))
-    with contextlib.nullcontext() if one_size else contextlib.suppress(Exception):
-        model(images)
-    for hook in hooks:
-        hook.remove()
-    return outputs
 
 
 def post_receptive_field(model, rows, path=None):

@@ -66,11 +66,7 @@ RECIPES = {
 
 
 def get_recipe(name):
-    """A copy of one of `RECIPES`, {setting: value or {argument: value}}, to use as it is or to change.
-
-    Raises:
-        ValueError: unknown name.
-    """
+    """A copy of one of `RECIPES`, {setting: value or {argument: value}}, to use or to change; ValueError if unknown."""
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; there is {', '.join(RECIPES)}")
     return copy.deepcopy(RECIPES[name])
@@ -87,11 +83,7 @@ def build_model(recipe, num_classes=10):
 
 
 def load_network(weights):
-    """(model, classes) of the weights that ship, by name, or of a run, by the path of its last.pt or best.pt.
-
-    Raises:
-        ValueError, OSError: no such weights, or they are damaged, or of no network and recipe that is here.
-    """
+    """(model, classes) of weights that ship, by name, or of a run's last.pt, by path; raises as `from_pretrained`."""
     trained = provenance(weights).get("hyperparameters", {})
     network = getattr(models, str(trained.get("model")), None)
     if not hasattr(network, "from_pretrained"):

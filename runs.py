@@ -16,7 +16,6 @@ import random
 import re
 import sys
 import time
-from datetime import UTC, datetime
 from importlib.metadata import version
 
 import filelock
@@ -29,7 +28,6 @@ from output import in_notebook, load_weights, serialized, write_atomically
 COLUMNS = ("train_loss", "train_acc", "test_loss", "test_acc")
 # What torch's schedulers call their lengths, which no step changes and a load_state_dict would bring back.
 LENGTHS = ("step_size", "milestones", "T_max", "T_0", "total_iters", "total_steps", "steps_per_epoch")
-NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 
 
 def seed_everything(seed):
@@ -39,20 +37,11 @@ def seed_everything(seed):
     torch.manual_seed(seed + rank())
 
 
-class Stopped(KeyboardInterrupt):
-    """An interrupt, which a notebook shows as one line."""
-
-    def _render_traceback_(self):
-        return [str(self)]
-
-
 class Run(contextlib.AbstractContextManager):
     """The folder `<root>/<name>/` of one training run, held by one process at a time, else RuntimeError.
 
-    `data` is a line on the images, for `run.json`.
-
     Example:
-        >>> run, settings = Run("s9"), {"lr": 0.2, "epochs": 80}
+        >>> run, settings = Run("s9", data="CIFAR-10"), {"lr": 0.2, "epochs": 80}  # data: a line for run.json
         >>> train_losses, train_acc, test_losses, test_acc = run.resume(settings, model, optimizer, scheduler)
         >>> with run:  # prints a line at the end, or when it is interrupted
         ...     for epoch in range(len(train_losses), 80):
@@ -64,22 +53,18 @@ class Run(contextlib.AbstractContextManager):
         self.name, self.data, self._shown = name, data, str(pathlib.Path(root) / name)
         self.folder = pathlib.Path(root).absolute() / name  # a later chdir must not lose an epoch
         self.history, self.hyperparameters = None, {}  # a dict per epoch: epoch, lr, COLUMNS, seconds; resume sets it
-        self.displays = set()  # what is shown of the run already
-        self._parts, self._identity = {}, {}
+        self.displayed, self._parts, self._identity = False, {}, {}  # displayed: by post_progress
         if rank():
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # One lock per process and path, so that a notebook cell can be run again.
-            lock = self.folder / ".lock"
-            self._lock = filelock.FileLock(lock, timeout=0, is_singleton=True, fallback_to_soft=False)
+            self._lock = filelock.FileLock(self / ".lock", timeout=0, is_singleton=True, fallback_to_soft=False)
             self._lock.acquire()
         except filelock.Timeout:
-            raise RuntimeError(
-                f"another process, such as a notebook, holds {self.folder}; end it, or choose another RUN_NAME"
-            ) from None
+            raise RuntimeError(f"another process holds {self.folder}; end it, or choose another RUN_NAME") from None
         except OSError as error:
-            if error.errno not in NO_LOCKS:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK):
                 raise
             print(f"{self}: this drive has no file locks; do not train the same run in two processes")
         for leftover in filter(pathlib.Path.is_file, self.folder.glob(".*.tmp")):
@@ -96,9 +81,11 @@ class Run(contextlib.AbstractContextManager):
         done, epochs = len(self.history or ()), self.hyperparameters.get("epochs", "?")
         if kind is KeyboardInterrupt:
             stopped = f"{self}: stopped after epoch {done} of {epochs}; run this again to resume"
-            if in_notebook() or hasattr(sys, "ps1"):  # a session, which lives on
-                raise Stopped(stopped) from None
-            sys.exit(1 if rank() else stopped)
+            if not in_notebook() and not hasattr(sys, "ps1"):
+                sys.exit(1 if rank() else stopped)
+            interrupt = KeyboardInterrupt(stopped)  # of a session, which lives on; IPython shows it as one line
+            interrupt._render_traceback_ = lambda: [stopped]
+            raise interrupt from None
         if kind is None and done:
             print(f"{self}: {done} of {epochs} epochs, test accuracy {self.history[-1]['test_acc']:.2f} %")
 
@@ -108,35 +95,29 @@ class Run(contextlib.AbstractContextManager):
 
     def _find(self, hyperparameters, model, optimizer, scheduler):
         """(identity of this run, the checkpoint to resume from or None)."""
-        identity, path = self._identity_of(hyperparameters, model, optimizer, scheduler), self / "checkpoint.pt"
+        known, path = unwrap(model) is self._parts.get("model"), self / "checkpoint.pt"
+        kinds = {"the optimizer": type(optimizer).__name__, "the scheduler": type(scheduler).__name__}
+        identity = {
+            "hyperparameters": _plain(dict(hyperparameters)),
+            "kinds": kinds | {"the number of processes": world_size()},
+            # As it was at first: a layer may print what it has learned since.
+            "network": self._identity["network"] if known else printed(unwrap(model)),
+        }
         exists, found = gather((True, load_weights(path)) if rank() == 0 and path.exists() else (False, None))[0]
         if not exists:
             return identity, None
         with _fitting(path):
             whole = found["made_by"]["versions"]["torch"] == version("torch")  # another one prints a network otherwise
-            then = _flat(found["identity"], whole) | _lengths(found.get("scheduler"))
-            now = _flat(identity, whole) | _lengths(scheduler and scheduler.state_dict())
+            then = _flat(found["identity"], found.get("scheduler"), whole)
+            now = _flat(identity, scheduler and scheduler.state_dict(), whole)
             names = [name for name in {**then, **now} if then.get(name) != now.get(name) and name != "epochs"]
             differences = [f"{name} {then.get(name)!r} → {now.get(name)!r}" for name in sorted(names)]
             [float(row[column]) for row in found["history"] for column in COLUMNS] + [float(found["best"]["test_acc"])]
         if differences:
             more = f", and {len(differences) - 5} more" if len(differences) > 5 else ""
-            raise ValueError(
-                f"the checkpoint in {self.folder} is of another run: {'; '.join(differences[:5])}{more}. Put the old "
-                "values back, or choose another RUN_NAME"
-            )
+            what = f"the checkpoint in {self.folder} is of another run: {'; '.join(differences[:5])}{more}"
+            raise ValueError(f"{what}. Put the old values back, or choose another RUN_NAME")
         return identity, found
-
-    def _identity_of(self, hyperparameters, model, optimizer, scheduler):
-        """What a run resumes only with: its settings, the network as it prints, and the kinds of the rest."""
-        kinds = {"the optimizer": type(optimizer).__name__, "the scheduler": type(scheduler).__name__}
-        # A layer may print what it has learned since.
-        before = self._identity if unwrap(model) is self._parts.get("model") else {}
-        return {
-            "hyperparameters": _plain(dict(hyperparameters)),
-            "kinds": kinds | {"the number of processes": world_size()},
-            "network": before.get("network") or printed(unwrap(model)),
-        }
 
     def resume(self, hyperparameters, model, optimizer, scheduler=None):
         """Bring all three, and the random generators, to where the last complete epoch left them, if there was one.
@@ -155,7 +136,7 @@ class Run(contextlib.AbstractContextManager):
             ValueError: the checkpoint is damaged, or of another run; nothing is changed.
             TypeError: hyperparameters or a state_dict that no checkpoint can hold.
         """
-        self.history = None  # so that save refuses, should this turn out to be another run
+        self.history = self._best = None  # so that save refuses, should this turn out to be another run
         identity, checkpoint = self._find(hyperparameters, model, optimizer, scheduler)
         parts = {"model": unwrap(model), "optimizer": optimizer, "scheduler": scheduler}
         again = parts["model"] is self._parts.get("model")
@@ -176,12 +157,13 @@ class Run(contextlib.AbstractContextManager):
                 states, random_state = self._start
                 _restore(states if unchanged else states[:1], random_state)  # the model's, under other settings
             try:  # read it back now, and not at the first resume
-                torch.load(io.BytesIO(serialized(self._checkpoint([], None))), weights_only=True)
+                torch.load(io.BytesIO(serialized(self._checkpoint([]))), weights_only=True)
                 json.dumps(self.hyperparameters)
             except Exception:
+                self._parts = {}  # or the next call would bring this state back
                 kinds = "hyperparameters, or the state_dict of model, optimizer or scheduler"
                 raise TypeError(f"{self} could not be resumed: its {kinds} hold more than plain values") from None
-            self.history, self._best = [], None
+            self.history = []
             print(f"{self}: a new run")
         self._start_epoch()
         return tuple([row[column] for row in self.history] for column in COLUMNS)
@@ -200,42 +182,37 @@ class Run(contextlib.AbstractContextManager):
         row |= {column: float(values[-1]) for column, values in zip(COLUMNS, lists) if len(values) == done + 1}
         row["seconds"] = round(time.monotonic() - self._epoch_start, 2)
         if not all(math.isfinite(row.get(column, math.nan)) for column in COLUMNS):
-            raise ValueError(
-                "save takes the lists that resume returned, each with one finite number appended since the last save; "
-                f"they have {[len(values) for values in lists]} entries and end in {[values[-1:] for values in lists]}"
-            )
-        best = self._best
-        if best is None or row["test_acc"] > best["test_acc"]:
-            best = {"epoch": done + 1, "test_acc": row["test_acc"], "weights": self._weights()}
-        checkpoint = self._checkpoint([*self.history, row], best)
+            got = [values[done:] for values in lists]
+            raise ValueError(f"since the last save, each of resume's lists must get one finite number; they got {got}")
+        checkpoint = self._checkpoint([*self.history, row])
+        if self._best is None or row["test_acc"] > self._best["test_acc"]:
+            checkpoint["best"] = {"epoch": done + 1, "test_acc": row["test_acc"], "weights": checkpoint["model"]}
         self._write("checkpoint.pt", serialized(checkpoint))
         self._export(checkpoint)
-        self.history, self._best = checkpoint["history"], best
+        self.history, self._best = checkpoint["history"], checkpoint["best"]
         self._start_epoch()
 
     def _start_epoch(self):
         self._lr = float(self._parts["optimizer"].param_groups[0]["lr"])  # a scheduler will have changed it by then
         self._epoch_start = time.monotonic()
 
-    def _weights(self):
-        state = self._parts["model"].state_dict()  # which may have more than tensors, by get_extra_state
-        return {name: copy.deepcopy(v.detach().cpu() if torch.is_tensor(v) else v) for name, v in state.items()}
-
-    def _checkpoint(self, history, best):
+    def _checkpoint(self, history):
         """Everything that a run resumes from."""
+        state = self._parts["model"].state_dict()  # which may have more than tensors, by get_extra_state
+        weights = {name: copy.deepcopy(v.detach().cpu() if torch.is_tensor(v) else v) for name, v in state.items()}
         device = next(self._parts["model"].parameters()).device
         packages = ("torch", "torchvision", "albumentations", "numpy")
         states = {name: _plain(part.state_dict()) for name, part in self._parts.items() if part is not None}
         return {
             "identity": self._identity,
             **states,
-            "model": self._weights(),
+            "model": weights,
             "random": gather(_random_state()),
             "history": history,
-            "best": best,
+            "best": self._best,
             # The last epoch, which need not be of the machine that resumes the run.
             "made_by": {
-                "saved": datetime.now(UTC).isoformat(timespec="seconds"),
+                "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "data": self.data,
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
                 "threads": torch.get_num_threads(),
@@ -281,10 +258,8 @@ def _fitting(path, otherwise=lambda: None):
         yield
     except Exception as error:  # a file may hold anything
         otherwise()
-        raise ValueError(
-            f"{path} does not fit ({type(error).__name__}: {error}); nothing was changed. Put back a good copy, model "
-            "and optimizer as they were, or the code that wrote it, or choose another RUN_NAME"
-        ) from None
+        advice = "Put back a good copy, the model and optimizer, or the code that wrote it, or choose another RUN_NAME"
+        raise ValueError(f"{path} does not fit ({error!r}); nothing was changed. {advice}") from None
 
 
 def printed(thing):
@@ -292,16 +267,12 @@ def printed(thing):
     return re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(thing))
 
 
-def _flat(identity, whole):
-    """An identity in one {name: value}; if whole, with the network line by line."""
+def _flat(identity, scheduler, whole):
+    """An identity and the lengths in a scheduler's state, {name: value}; if whole, with the network line by line."""
     lines = {f"line {number} of the network": line for number, line in enumerate(identity["network"].splitlines())}
-    return identity["hyperparameters"] | identity["kinds"] | (lines if whole else {})
-
-
-def _lengths(state):
-    """The lengths in a scheduler's state, {name: its own, and those of its parts if it has any}."""
-    parts = [state, *state.get("_schedulers", ())] if state else []
-    return {f"the scheduler's {name}": [part[name] for part in parts if name in part] for name in LENGTHS}
+    parts = [scheduler, *scheduler.get("_schedulers", ())] if scheduler else []
+    lengths = {f"the scheduler's {name}": [part[name] for part in parts if name in part] for name in LENGTHS}
+    return identity["hyperparameters"] | identity["kinds"] | lengths | (lines if whole else {})
 
 
 def _plain(value):

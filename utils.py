@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from matplotlib.colors import PowerNorm
 from torch import optim
-from torch.utils.data import DataLoader
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 import devices
-from augment import ImageBatches, as_batch, data_of, get_test_transforms, get_train_transforms, normalisation
+from augment import ImageBatches, data_of, get_test_transforms, get_train_transforms, normalisation
 from devices import autocast_dtype, best_device
 from epoch import MisclassifiedSamples, Tally, check_first_batch, check_optimizer, class_indices
 from image_sets import CIFAR10_MEAN, CIFAR10_STD, load_images, split_validation
@@ -68,8 +67,6 @@ def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", ro
     options["pin_memory"] = bool(options.get("pin_memory", cuda)) and cuda  # without a GPU it only warns
     options.pop("persistent_workers", None)
     options.setdefault("worker_init_fn", _leave_interrupts)
-    if options.get("batch_size", 1) is not None:
-        options.setdefault("collate_fn", as_batch)
     if options.get("sampler") is None and options.get("batch_sampler") is None:
         options.setdefault("shuffle", datasettype == "train")
         if devices.world_size() > 1:
@@ -88,8 +85,7 @@ def _leave_interrupts(worker):
 
 def GetCorrectPredCount(pPrediction, pLabels):
     """How many predictions, class indices (N,) or (N, 1) or scores (N, classes), are right."""
-    scores = pPrediction.ndim == 2 and pPrediction.shape[1] > 1
-    indices = pPrediction.argmax(dim=1) if scores else pPrediction
+    indices = pPrediction.argmax(dim=1) if pPrediction.numel() > pLabels.numel() else pPrediction
     return indices.view_as(pLabels).eq(pLabels).sum().item()  # torch would stretch another shape to fit
 
 
@@ -173,10 +169,8 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None,
     """
     device = torch.device(device)
     devices.begin_epoch(model, test_loader)
-    if devices.world_size() > 1:
-        model = devices.unwrap(model)  # each process by itself, as their numbers of batches may differ
-    misclassified = MisclassifiedSamples(transforms=getattr(data_of(test_loader), "transforms", None))
-    tally = Tally("test", test_loader)
+    model = devices.unwrap(model) if devices.world_size() > 1 else model  # numbers of batches may differ
+    samples, tally = [], Tally("test", test_loader)
     model.eval()
     with _made_fast(model, device) as forward, tally.bar:
         for images, labels in test_loader:
@@ -185,10 +179,12 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None,
                 check_first_batch(model, criterion, scores, labels)
             predictions = scores.argmax(dim=1)
             tally.add(criterion(scores, labels), predictions, labels)
-            misclassified.add(images, labels, predictions)
+            batch = images.cpu(), class_indices(labels).cpu(), predictions.cpu()
+            wrong = batch[1] != batch[2]  # copied one by one, as a view would keep, and save, all of them
+            samples += [tuple(map(torch.clone, sample)) for sample in zip(*(part[wrong] for part in batch))]
     tally.read(test_losses, test_acc, verbose)
-    everybodys = (sample for samples in devices.gather([*misclassified]) for sample in samples)
-    return MisclassifiedSamples(everybodys, misclassified.transforms)
+    everybodys = [sample for share in devices.gather(samples) for sample in share]
+    return MisclassifiedSamples(everybodys, getattr(data_of(test_loader), "transforms", None))
 
 
 test.__test__ = False  # not one of pytest's, in a test file with `from utils import *`
@@ -199,10 +195,7 @@ test.__test__ = False  # not one of pytest's, in a test file with `from utils im
 
 
 def get_image_from_tensor(img, transforms=None):
-    """A normalised image, float (3, H, W) on any device, as a uint8 array (H, W, 3).
-
-    transforms is the pipeline that normalised it, by default `get_test_transforms()`.
-    """
+    """An image, float (3, H, W), that transforms or get_test_transforms() normalised, as a uint8 array (H, W, 3)."""
     mean, std = normalisation(transforms or get_test_transforms())
     pixels = img.detach().cpu().float().numpy().transpose(1, 2, 0) * std + mean
     return (pixels * 255).round().clip(0, 255).astype(np.uint8)
@@ -276,31 +269,17 @@ def post_progress(run):
         curves = [[row[column] for row in history] for column in ("train_loss", "test_loss", "train_acc", "test_acc")]
         figure = post_accuracyplots(*curves, f"{run}, epoch {len(lines)} of {epochs}", run / "curves.png")
         plt.close(figure)  # or a notebook would show it once more at the end of the cell
-    if not live:
-        print(*([] if run.displays else [HEAD]), f"{lines[-1]}   {left}", sep="\n", flush=True)
-        run.displays.add("head")
-        return
-    from IPython.display import display
+    if live:
+        from IPython.display import display
 
-    every = -(-epochs // 16)  # so that nobody has to scroll
-    shown = [line for number, line in enumerate(lines, start=1) if number in (1, len(lines)) or number % every == 0]
-    table = "\n".join([HEAD, *shown, left if len(lines) < epochs else ""])
-    for part, content in (("table", {"text/plain": table, "text/html": scrolled(table)}), ("curves", figure)):
-        handle = f"{part} of {id(run)}"
-        display(content, raw=part == "table", display_id=handle, update=handle in run.displays)
-        run.displays.add(handle)
-
-
-def _mistakes(misclassified, picked, label_map, confidences, heading, path):
-    """A grid of misclassified samples, five in a row, with both classes and the model's confidences, if given."""
-    classes, transforms = class_names(label_map), getattr(misclassified, "transforms", None)
-    images, titles = [], []
-    for index in picked:
-        image, true, wrong = misclassified[index]
-        images.append(get_image_from_tensor(image, transforms))
-        sure = f" ({confidences[index]:.1%})" if confidences else ""
-        titles.append(f"{classes[wrong]}{sure}\ntrue: {classes[true]}")
-    return _image_grid(images, titles, heading, max(1, -(-len(picked) // 5)), 5, path)
+        every = -(-epochs // 16)  # so that nobody has to scroll
+        shown = [line for n, line in enumerate(lines, start=1) if n in (1, len(lines)) or n % every == 0]
+        table = "\n".join([HEAD, *shown, left if len(lines) < epochs else ""])
+        for part, content in (("table", {"text/plain": table, "text/html": scrolled(table)}), ("curves", figure)):
+            display(content, raw=part == "table", display_id=f"{part} of {id(run)}", update=run.displayed)
+    else:
+        print(*([] if run.displayed else [HEAD]), f"{lines[-1]}   {left}", sep="\n", flush=True)
+    run.displayed = True
 
 
 def post_misclassified(misclassified, label_map, model, title="", path=None):
@@ -315,12 +294,19 @@ def post_misclassified(misclassified, label_map, model, title="", path=None):
     picked = [*surest, *rest[np.linspace(0, len(rest) - 1, min(10, len(rest)), dtype=int)]]
     heading = f"{title}: {len(misclassified):,} mistakes".removeprefix(": ")
     heading += ", the ten surest and ten of the rest" if len(misclassified) > 20 else ""
-    return _mistakes(misclassified, picked, label_map, confidences, heading, path)
+    return showmisclassifiedsamples(misclassified, label_map, heading, path, picked, confidences)
 
 
-def showmisclassifiedsamples(misclassified, label_map, title="", path=None):
-    """The first ten of the samples that `test` returned as wrong, with true and predicted class."""
-    return _mistakes(misclassified, range(len(misclassified[:10])), label_map, [], title, path)
+def showmisclassifiedsamples(misclassified, label_map, title="", path=None, picked=None, confidences=None):
+    """The first ten of the samples that `test` returned as wrong, or those picked, with true and predicted class."""
+    classes, transforms = class_names(label_map), getattr(misclassified, "transforms", None)
+    picked, images, titles = range(len(misclassified[:10])) if picked is None else picked, [], []
+    for index in picked:
+        image, true, wrong = misclassified[index]
+        images.append(get_image_from_tensor(image, transforms))
+        sure = f" ({confidences[index]:.1%})" if confidences else ""
+        titles.append(f"{classes[wrong]}{sure}\ntrue: {classes[true]}")
+    return _image_grid(images, titles, title, max(1, -(-len(picked) // 5)), 5, path)
 
 
 def post_confusion_matrix(misclassified, test_loader, label_map, title="", path=None):

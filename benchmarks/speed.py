@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 import utils
-from augment import ImageBatches, as_batch
+from augment import ImageBatches
 from image_sets import load_images
 from output import write_atomically
 from recipes import RECIPES
@@ -66,7 +66,7 @@ def measure_loading(variant, device, train_set, test_set):
     if variant == "plain":
         run = lambda: [compose(image=image)["image"] for image in sample.images]  # noqa: E731
     else:
-        loader = DataLoader(ImageBatches(sample, compose), RECIPES[variant]["batch_size"], collate_fn=as_batch)
+        loader = DataLoader(ImageBatches(sample, compose), RECIPES[variant]["batch_size"])
         run = lambda: list(loader)  # noqa: E731
     run()
     passes, seconds = 0, 0.0
