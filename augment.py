@@ -177,20 +177,12 @@ BATCHED = {
 
 
 def _image_by_image(transform, images, rng):
-    """Any other transform: Albumentations itself, one image at a time, where it fires."""
-
-    def changed(image, **options):
-        image = transform(image=image, **options)["image"]
-        image = image.permute(1, 2, 0).numpy() if isinstance(image, torch.Tensor) else image  # of a nested ToTensorV2
-        return image[..., None] if image.ndim == 2 else image
-
+    """Any other transform: Albumentations itself, one image at a time."""
     transform.set_random_seed(int(rng.integers(2**32)))
-    if isinstance(transform, A.BaseCompose):  # it decides by itself what fires and when
-        return np.stack([changed(image) for image in images])
-    results = list(images)
-    for index in _firing(transform, images, rng):
-        results[index] = changed(images[index], force_apply=True)
-    return np.stack(results)
+    results = [transform(image=image)["image"] for image in images]
+    if isinstance(results[0], torch.Tensor):  # of a nested ToTensorV2
+        results = [image.permute(1, 2, 0).numpy() for image in results]
+    return np.stack([image[..., None] if image.ndim == 2 else image for image in results])
 
 
 class ImageBatches(Dataset):
