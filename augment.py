@@ -32,8 +32,8 @@ class ShiftScaleRotate(A.ImageOnlyTransform):
         return {"matrix": self.matrices(self.random_generator, 1, params["shape"])[0]}
 
     def apply(self, img, matrix, **params):
-        height, width = img.shape[:2]
-        return cv2.warpAffine(img, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+        size = img.shape[1::-1]  # (width, height)
+        return cv2.warpAffine(img, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
 
     def matrices(self, rng, n, shape):
         """Draw n affine matrices, float64 (n, 2, 3), for images of the given (H, W, ...)."""
@@ -192,7 +192,7 @@ class ImageBatches(Dataset):
     """
 
     def __init__(self, image_set, transforms):
-        vars(self).update(vars(image_set), transforms=transforms)
+        vars(self).update(image_set._asdict(), transforms=transforms)
 
     # torchvision's names of the same
     data = property(lambda self: self.images, lambda self, images: setattr(self, "images", images))

@@ -14,8 +14,7 @@ from torch import distributed, nn
 def best_device():
     """An NVIDIA GPU if there is one, else an Apple GPU, else the CPU, as a `torch.device`.
 
-    In a process that `torchrun` has started it joins the others, takes the GPU of its number, and from then on prints
-    nothing unless it is the first.
+    A process of a `torchrun` joins the others, takes the GPU of its number, and is silent unless it is the first.
     """
     cuda = torch.cuda.is_available()
     if distributed.is_available() and distributed.is_torchelastic_launched() and not distributed.is_initialized():
@@ -48,14 +47,14 @@ def memory_format(model, device):
     """The layout for the model's images: channels_last, which has the faster kernels, if nothing can mind it.
 
     A `view` of an activation fails in it, so each module has to be a layer of torch, or of a class that says
-    `channels_last = True`, without hooks or a forward of its own. On Apple's GPUs it makes the gradients of batch
-    normalisation wrong (pytorch issue 175189).
+    `channels_last = True`, without hooks or a forward of its own.
     """
     own = ("forward", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     for module in unwrap(model).modules():
         known = type(module).__module__.startswith("torch.nn.modules.") or vars(type(module)).get("channels_last")
         if not known or any(vars(module).get(name) for name in own):
             return torch.contiguous_format
+    # On Apple's GPUs it makes the gradients of batch normalisation wrong (pytorch issue 175189).
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 

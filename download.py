@@ -31,18 +31,11 @@ MIN_BYTES_PER_SECOND = 200_000  # below this (14 minutes for the archive) the ot
 SLOW_SECONDS = 10  # after which that is known
 
 
-class DownloadError(RuntimeError):
-    """CIFAR-10 could not be fetched or unpacked; the message says why and what to do."""
-
-
 def fetch_batches(root):
     """Make `<root>/cifar-10-batches-py` from the archive in the folder `root`, which is downloaded if need be.
 
-    A partial download stays as `….part`, and the next call resumes it. The folder appears whole or not at all.
-
-    Raises:
-        DownloadError: no source works, or the archive is another one.
-        OSError: `root` cannot be written, or has no room for what is unpacked; 0.4 GB in all.
+    A partial download stays as `….part`, and the next call resumes it. The folder appears whole or not at all: it is an
+    OSError if no source works, the archive is another one, or there is no room for 0.4 GB.
     """
     archive = Path(root) / ARCHIVE_NAME
     archive.parent.mkdir(parents=True, exist_ok=True)
@@ -66,11 +59,10 @@ def _download(archive):
             except (OSError, http.client.HTTPException, ValueError) as error:
                 reasons[source] = str(error) or type(error).__name__
             print(f"{source}: {reasons[source]}", flush=True)
-    raise DownloadError(
-        "CIFAR-10 could not be downloaded from any source:\n"
-        + "".join(f"  {source}: {reason}\n" for source, reason in reasons.items())
-        + f"The next call resumes with what has arrived. Or copy the archive to {archive.resolve()}, set\n"
-        "CIFAR10_ROOT to a folder with train/<class>/*.png and test/<class>/*.png, or use DATASET=digits"
+    listed = "".join(f"  {source}: {reason}\n" for source, reason in reasons.items())
+    raise OSError(
+        f"CIFAR-10 could not be downloaded:\n{listed}The next call resumes it. Or use DATASET=digits, set "
+        f"CIFAR10_ROOT to a folder with train/<class>/ and test/<class>/, or copy the archive to {archive.resolve()}"
     )
 
 
@@ -111,7 +103,7 @@ def mismatch(path):
 
 def _extract(archive):
     if wrong := mismatch(archive):
-        raise DownloadError(f"{archive} is not the official CIFAR-10 archive ({wrong}); delete it or move it away")
+        raise OSError(f"{archive} is not the official CIFAR-10 archive ({wrong}); delete it or move it away")
     for leftover in archive.parent.glob(".cifar-10-unpacking-*"):  # of a process that was killed: we hold the lock
         shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(prefix=".cifar-10-unpacking-", dir=archive.parent) as temporary:

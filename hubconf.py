@@ -5,13 +5,10 @@ from recipes import load_network as _load_network
 
 dependencies = ["torch", "torchvision", "albumentations"]
 
+for _name in _shipped():
 
-def _entry(name):
-    def network():
+    def _entry(name=_name):
         return _load_network(name)[0]
 
-    network.__doc__ = f"The network with the weights {name!r}, in evaluation mode on the CPU."
-    return network
-
-
-globals().update({name.replace("-", "_"): _entry(name) for name in _shipped()})
+    _entry.__doc__ = f"The network with the weights {_name!r}, in evaluation mode on the CPU."
+    globals()[_name.replace("-", "_")] = _entry

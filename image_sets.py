@@ -3,8 +3,8 @@
 import contextlib
 import hashlib
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +21,7 @@ CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # of the training images, per channel, 
 CIFAR10_STD = (0.2471, 0.2435, 0.2616)
 
 
-@dataclass(frozen=True)
-class ImageSet:
+class ImageSet(NamedTuple):
     """One split of a data set, in memory."""
 
     images: np.ndarray  # uint8 (N, 32, 32, 3), RGB
@@ -42,12 +41,9 @@ def load_images(dataset, split, root=None):
     2. the official batches, `cifar-10-batches-py`
     3. the official archive, `cifar-10-python.tar.gz`, downloaded if need be
 
-    "digits" is scikit-learn's 1,797 8x8 handwritten digits, enlarged: no download, a sample to try things on.
+    "digits" is scikit-learn's 1,797 8x8 handwritten digits, enlarged: no download.
 
-    Raises:
-        ValueError: unknown dataset or split, a root that holds something else, or data that is incomplete or damaged.
-        OSError: a class without images, a link to nothing, a folder that cannot be written.
-        download.DownloadError: the archive could not be downloaded, or is not the official one.
+    ValueError for what is unknown, incomplete or damaged; OSError for what cannot be found, downloaded or written.
     """
     if dataset not in ("cifar10", "digits") or split not in SPLITS:
         raise ValueError(f"unknown: {dataset!r}, {split!r}. There is 'cifar10' and 'digits', with 'train' and 'test'")
@@ -70,10 +66,9 @@ def load_images(dataset, split, root=None):
 
 
 def split_validation(labels, per_class=500):
-    """(training, validation): indices of the images to train on and of those held out, the same on every call.
+    """(training, validation): indices of the images to train on and of per_class of each class, always the same.
 
-    labels are int64 (N,), as `loader.dataset.labels`; per_class images of each class are held out, ValueError if a
-    class has no more.
+    labels are int64 (N,), as `loader.dataset.labels`; ValueError if a class has no more.
     """
     labels = np.asarray(labels)
     classes, counts = np.unique(labels, return_counts=True)
@@ -142,10 +137,9 @@ def _decode(root, split, paths):
 
 
 def to_rgb(image):
-    """Bring a PIL image of any mode and size to uint8 (32, 32, 3), squeezed if it is not square.
+    """A PIL image of any mode and size as uint8 (32, 32, 3), transparency over white, squeezed if it is not square.
 
-    Transparency goes over white, 16-bit and floating-point grey (from 0 to 1, else ValueError) is scaled to 8 bits, and
-    a camera's rotation tag is applied.
+    16-bit and floating-point grey (from 0 to 1, else ValueError) is scaled to 8 bits.
     """
     image.load()
     with contextlib.suppress(Exception):  # it writes all tags anew, and fails on odd ones, which say nothing of pixels

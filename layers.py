@@ -12,10 +12,9 @@ from torch import nn
 
 @contextlib.contextmanager
 def faster_layers(model, device):
-    """While it lasts, two kinds of layers take a faster way on a CPU.
+    """While it lasts, dropout and depthwise convolutions with several outputs per channel are faster on a CPU.
 
-    Depthwise convolutions with several outputs per channel run as ones with a single output. Dropout draws the
-    positions of the dropped units, so it drops others than torch would with the same seed.
+    Dropout draws the positions of the dropped units, so it drops others than torch would with the same seed.
     """
     # torch.compile makes kernels of its own, whether it has wrapped the model or compiled it in place.
     compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules())
@@ -93,10 +92,7 @@ def _dropped_positions(n, p):
 
 @functools.lru_cache
 def _geometric_quantiles(p):
-    """Distances from one dropped unit to the next, (65536,), all equally likely; uint16 if they fit, as size matters.
-
-    P(distance > k) = (1 - p)^k, inverted in the middle of each 65,536th. Their mean is 1 / p to within 1 in 10,000.
-    """
-    uniform = (np.arange(2**16) + 0.5) / 2**16
+    """Distances from one dropped unit to the next, (65536,), equally likely, of mean 1 / p to within 1 in 10,000."""
+    uniform = (np.arange(2**16) + 0.5) / 2**16  # inverts P(distance > k) = (1 - p)^k
     distances = np.minimum(np.log(uniform) // math.log1p(-p) + 1, 2**50)  # longer than any tensor, and sums still fit
-    return distances.astype(np.uint16 if distances.max() < 2**16 else np.int64)
+    return distances.astype(np.uint16 if distances.max() < 2**16 else np.int64)  # as size matters

@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pretrained import Pretrained
-from receptive_field import receptive_field
-
-__all__ = ["Model", "SeparableResNet", "receptive_field"]
+from receptive_field import receptive_field  # noqa: F401, for those who ask what a change of the network sees
 
 
 def squeeze(in_channels, out_channels):
@@ -26,7 +24,6 @@ class Model(Pretrained):
 
     C1 to C3 end in a strided convolution instead of pooling; C1 has a dilated layer; the 3x3 layers of C3 and C4 are
     depthwise (but for C3's strided one), each block's run of them closed by a pointwise `squeeze`.
-
     Input is float (N, 3, H, W), normalised, H and W at least 7 (32 for CIFAR-10); output is (N, num_classes)
     log-probabilities. dropout_value is the probability of zeroing an activation, in [0, 1].
     """
@@ -83,10 +80,7 @@ class Model(Pretrained):
 
 
 def conv_norm(in_channels, out_channels, kernel=3, dilation=1, activation=nn.Hardswish, **conv):
-    """Conv (no bias) -> BatchNorm -> activation, with as much padding as keeps the size of the image at stride 1.
-
-    Hardswish (Howard et al., "Searching for MobileNetV3", 2019) costs a CPU hardly more than ReLU.
-    """
+    """Conv (no bias) -> BatchNorm -> Hardswish (Howard et al., "Searching for MobileNetV3", 2019), of the same size."""
     padding = dilation * (kernel // 2)
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel, padding=padding, dilation=dilation, bias=False, **conv),
@@ -125,9 +119,7 @@ class SeparableResNet(Pretrained):
     | C4 | residual of one separable 3x3 | 128 | 4 | 63 |
 
     Then global average pooling, dropout and a linear classifier: 198,938 parameters. How it was found: RESULTS.md.
-
-    Input is float (N, 3, H, W), normalised (32x32 for CIFAR-10); output is (N, num_classes) log-probabilities.
-    dropout_value is the probability of zeroing a feature before the classifier, in [0, 1].
+    Input and output are as those of `Model`; dropout_value is of the features before the classifier.
     """
 
     channels_last = True

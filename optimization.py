@@ -94,28 +94,26 @@ def _named(name, what, choices):
     return plain[key]
 
 
-def _classes(module, base):
-    """The public classes of a torch module: every optimizer, every scheduler."""
-    classes = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, base)]
-    return [kind for kind in classes if kind is not base and not kind.__name__.startswith("_")]
+def _classes(module, base, but=()):
+    kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, base)]
+    return [kind for kind in kinds if kind is not base and kind.__name__ not in but and kind.__name__[0] != "_"]
 
 
 # Not Muon, which takes nothing but matrices, nor LBFGS, which steps by a closure, which `train` does not have.
-OPTIMIZERS = [kind for kind in _classes(optim, optim.Optimizer) if kind.__name__ not in ("Muon", "LBFGS")] + [MuonSGD]
+OPTIMIZERS = [*_classes(optim, optim.Optimizer, but=("Muon", "LBFGS")), MuonSGD]
 SCHEDULERS = _classes(optim.lr_scheduler, optim.lr_scheduler.LRScheduler)
 
 
 def get_optimizer(model, name="SGD", lr=0.01, momentum=0.9, weight_decay=None, decay="all", kernel_lr=None, **options):
     """Any optimizer of `torch.optim` that steps by gradients alone, or `MuonSGD`, by name, for all parameters.
 
-    Args:
+    Args (others go to the optimizer):
         lr, momentum: the same defaults for every optimizer, whatever its own are; momentum goes to those that take one.
         weight_decay: by default the optimizer's own.
         decay: what it applies to: "all" parameters, or "weights", which leaves out biases, scales and shifts.
         kernel_lr: of MuonSGD, the learning rate of Muon, by default lr / 15. Muon trains the kernels of convolutions
             without bias, but neither depthwise nor all-zero ones, nor those of the layer that the network registers
             last, its classifier; SGD trains the rest.
-        options: go to the optimizer.
     """
     name, lr = options.pop("optname", name), options.pop("learningrate", lr)  # the names of the original code
     momentum = options.pop("momentumval", momentum)
@@ -151,9 +149,6 @@ def get_scheduler(optimizer, size_or_name=None, gamma=None, name="StepLR", epoch
             for one to be stepped after every batch, as `train` does with the scheduler that it is given.
         options: go to the scheduler; T_max, T_0, total_iters, milestones, step_size_up and step_size_down in epochs,
             OneCycleLR's total_steps in steps. max_lr is by default the learning rate of each of the optimizer's groups.
-
-    Raises:
-        ValueError: unknown name; no length in epochs to count in batches; a learning rate brought to nothing before.
     """
     options.pop("verbose", None)  # which torch has given up
     size_or_name, gamma = options.pop("stepsize", size_or_name), options.pop("gamma_val", gamma)
@@ -185,9 +180,6 @@ def get_scheduler(optimizer, size_or_name=None, gamma=None, name="StepLR", epoch
 
 
 def get_loss(name="nll_loss", **options):
-    """A loss, the mean over a batch: "nll_loss" for log-probabilities, which Model returns, or "cross_entropy".
-
-    It is a function of (scores, labels); `get_loss()(scores, labels, reduction="sum")` is another reduction.
-    """
+    """A loss of (scores, labels), the mean over a batch: "nll_loss", for log-probabilities, or "cross_entropy"."""
     kind = _named(options.pop("loss_name", name), "loss", [nn.functional.nll_loss, nn.functional.cross_entropy])
     return functools.partial(kind, **options)

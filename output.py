@@ -38,10 +38,7 @@ def serialized(value):
 
 
 def load_weights(path):
-    """Read a file of tensors and plain values that `torch.save` wrote; no code in it is ever run.
-
-    Raises ValueError if it is damaged, which its checksums show, or holds something else; OSError if there is none.
-    """
+    """Tensors and plain values that `torch.save` wrote; ValueError if a checksum is wrong or there is more."""
     with open(path, "rb") as file:  # whatever goes wrong from here on is in the bytes
         try:
             # The format since torch 1.6, whose checksums torch itself does not check.

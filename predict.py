@@ -51,18 +51,15 @@ def class_names(label_map):
 
 
 def predict(model, images, classes=CIFAR10_CLASSES, transforms=None):
-    """Classify pictures of any size and mode; each is brought to 32x32 RGB, squeezed if it is not square.
+    """A `Prediction` for each of some pictures of any size and mode, which are squeezed to 32x32 RGB.
 
     Args:
         model: returns (N, classes) scores, log-probabilities or probabilities for float32 (N, 3, 32, 32), on any
             device; it is put in evaluation mode.
         images: one picture or a list of them. A picture is a file name, a PIL image, or an array (H, W), (H, W, 1),
-            (H, W, 3) or (H, W, 4), uint8 from 0 to 255 or floating-point from 0 to 1.
+            (H, W, 3) or (H, W, 4), uint8 or floating-point from 0 to 1; else OSError, ValueError or TypeError.
         classes: names of the model's outputs, in any form that `class_names` takes.
         transforms: an `albumentations.Compose` that normalises as in training, by default `get_test_transforms()`.
-
-    Returns:
-        A list of `Prediction`; OSError, ValueError or TypeError for what is not a picture.
     """
     classes = class_names(classes)
     if isinstance(images, (str, os.PathLike, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):

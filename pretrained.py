@@ -44,8 +44,7 @@ class Pretrained(nn.Module):
     def from_pretrained(cls, weights):
         """The network with weights that ship, such as "tuned", or of a run's last.pt, in evaluation mode on the CPU.
 
-        Raises:
-            ValueError, OSError: no such weights, damaged ones, or of another network, or the network was changed since.
+        ValueError or OSError if they are not there, damaged, or of another network, or the network was changed since.
         """
         path = weights if pathlib.Path(weights).suffix == ".pt" else WEIGHTS / f"{weights}.pt"
         known, state = provenance(weights), load_weights(path)

@@ -18,10 +18,9 @@ LAYERS = (*CONVOLUTIONS, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Ad
 
 
 class Row(NamedTuple):
-    """A convolution or pooling, and the side of its output.
+    """A layer, the side of its output, and in input pixels the jump to the next output and what one sees across.
 
-    In input pixels, `jump` is from one output to the next, and `receptive_field` is how far one sees across. Both are
-    None where there is a single output, or every output sees the whole image.
+    The last two are None where there is a single output, or every output sees the whole image.
     """
 
     name: str
@@ -55,16 +54,11 @@ def receptive_field(model, input_size=32):
 
     Args:
         model: any network of images; a copy of it runs on the CPU, in evaluation mode. Layers behind a head that takes
-            images of one size only are left out.
+            images of one size only are left out. ValueError if there is none, or a step enlarges images or loses NaNs.
         input_size: side of the square input in pixels.
 
     Returns:
-        A `ReceptiveFieldTable`: a `Row` for each layer, in the order of execution; ValueError for a network without
-        such layers, or with a step that enlarges the image or loses a NaN.
-
-    Example:
-        >>> receptive_field(nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3))).total
-        8
+        A `ReceptiveFieldTable`: a `Row` for each layer, in the order of execution.
     """
     # In float64, whose kernels mix no columns that the convolution does not, as the faster ones for float32 do.
     model, outputs = copy.deepcopy(unwrap(model)).cpu().double().eval(), []

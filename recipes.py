@@ -1,7 +1,6 @@
 """Recipes: everything that decides how a network is trained, in one table, and what builds a run from one.
 
-The values are the arguments of the network, the loaders, `get_train_transforms`, `get_optimizer`, `get_scheduler` and
-`get_loss`. `RECIPE` in the notebook names one.
+The values are arguments of the network, the loaders, and the `get_` functions of transforms, optimizers and the rest.
 """
 
 import copy
@@ -105,8 +104,8 @@ def flatten_recipe(recipe):
         if setting not in known:
             raise ValueError(f"unknown setting {setting!r} in the recipe; there is {', '.join(sorted(known))}")
         for argument, given in value.items() if isinstance(value, dict) else [("", value)]:
-            plain = given if isinstance(given, (int, float, str, type(None))) else repr(given)
-            flat[f"{setting} {argument}".strip()] = plain
+            plain = isinstance(given, (int, float, str, type(None)))
+            flat[f"{setting} {argument}".strip()] = given if plain else repr(given)
     return flat
 
 

@@ -1,7 +1,6 @@
 """Run folders: what a training run leaves on disk, and how it resumes after an interruption.
 
-`runs/<name>/checkpoint.pt` is the one source of truth, replaced atomically after every epoch; `history.csv`,
-`run.json`, `last.pt` and `best.pt` are written from it. Of the processes of a `torchrun`, the first writes.
+All that a run resumes from is in `checkpoint.pt`, replaced after every epoch; the other files are written from it.
 """
 
 import contextlib
@@ -120,9 +119,9 @@ class Run(contextlib.AbstractContextManager):
         return identity, found
 
     def resume(self, hyperparameters, model, optimizer, scheduler=None):
-        """Bring all three, and the random generators, to where the last complete epoch left them, if there was one.
+        """Bring all three, and the random generators, to where the last complete epoch left them, or back to the start.
 
-        Called again with a model that was stopped in its first epoch, it brings back its first state.
+        Nothing is changed if the checkpoint is damaged or of another run (ValueError), or none can be made (TypeError).
 
         Args:
             hyperparameters: what defines the run, {name: number, string, bool or None}. A run resumes only with the
@@ -131,10 +130,6 @@ class Run(contextlib.AbstractContextManager):
 
         Returns:
             (train_losses, train_acc, test_losses, test_acc), lists with an entry per epoch done, to append to.
-
-        Raises:
-            ValueError: the checkpoint is damaged, or of another run; nothing is changed.
-            TypeError: hyperparameters or a state_dict that no checkpoint can hold.
         """
         self.history = self._best = None  # so that save refuses, should this turn out to be another run
         identity, checkpoint = self._find(hyperparameters, model, optimizer, scheduler)
@@ -171,9 +166,7 @@ class Run(contextlib.AbstractContextManager):
     def save(self, train_losses, train_acc, test_losses, test_acc):
         """Record the epoch that has just ended, the last entry of each list; step a scheduler that counts epochs first.
 
-        Raises:
-            ValueError: the lists are not one epoch longer than at the last save, or end in what is no finite number.
-            OSError: it could not be written; the last checkpoint is intact.
+        After an OSError, as of a full disk, the last checkpoint is intact.
         """
         if self.history is None:
             raise RuntimeError("save before resume; resume says which model and hyperparameters the run is of")
@@ -239,9 +232,7 @@ class Run(contextlib.AbstractContextManager):
             "network": self._identity["network"],
             "epochs_done": len(history),
             "last_test_accuracy_percent": history[-1]["test_acc"],
-            "best_test_accuracy_percent": best["test_acc"],
             "best_epoch": best["epoch"],
-            "training_seconds": round(sum(row["seconds"] for row in history), 1),
             **checkpoint["made_by"],
         }
         table = [history[0].keys(), *(row.values() for row in history)]

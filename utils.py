@@ -41,7 +41,9 @@ __all__ = [
 
 
 def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", root=None, transforms=None):
-    """Load one split and wrap it in a `DataLoader`.
+    """(class_to_idx, loader) of one split: {class name: label}, and a `DataLoader`.
+
+    The loader gives (images float32 (N, 3, 32, 32), normalised, labels int64 (N,)), in a `torchrun` a share of them.
 
     Args:
         datasettype: "train" (augmented, shuffled unless kwargs say otherwise) or "test" (neither, unless asked to).
@@ -49,10 +51,6 @@ def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", ro
             never more than cores; they start anew in every epoch, so that a change of `loader.dataset` reaches them.
         dataset, root: where the images come from, see `image_sets.load_images`, whose errors this raises too.
         transforms: an `albumentations.Compose` in place of `get_train_transforms()` or `get_test_transforms()`.
-
-    Returns:
-        (class_to_idx, loader): {class name: label}, and a loader of (images float32 (N, 3, 32, 32) normalised, labels
-        int64 (N,)), in each process of a `torchrun` of that process's share.
     """
     options = dict(kwargs or {})
     if transforms is None:
@@ -128,11 +126,9 @@ def train(
         train_loader: gives (images float32 (N, channels, H, W), labels int64 (N,) or their probabilities (N, classes)).
         criterion: (scores float32 (N, classes), labels) -> the batch's mean loss.
         scheduler: stepped after every batch. Step one that counts epochs yourself, see `get_scheduler`.
-        verbose: whether to print a line at the end.
 
     Raises:
-        ValueError: an empty loader, labels that the model has no class for, a criterion that takes something else than
-            the model returns, an optimizer or scheduler that does not belong here.
+        ValueError: loader, model, criterion, optimizer and scheduler do not fit each other, or the loader is empty.
         FloatingPointError: a loss that is not finite; names the epoch and the batch.
     """
     device = torch.device(device)
@@ -254,10 +250,7 @@ HEAD = "  epoch  train loss  acc. %  test loss  acc. %      lr       s"
 
 
 def post_progress(run):
-    """The epochs of a run so far: in a notebook a table and curves, which grow in place, else a line per epoch.
-
-    The curves are in the run's folder as curves.png, in a notebook after every epoch, else at the end.
-    """
+    """The epochs of a run so far, and its curves.png: in a notebook both grow in place, else each epoch has a line."""
     history, live = run.history, in_notebook()
     if devices.rank() or not history:
         return
@@ -283,10 +276,7 @@ def post_progress(run):
 
 
 def post_misclassified(misclassified, label_map, model, title="", path=None):
-    """20 of the samples that `test` returned as wrong, with true and predicted class and the model's confidence.
-
-    The upper ten are those of the highest confidence, the lower ten are spread over the rest.
-    """
+    """Of the mistakes that `test` returned, the ten that the model is surest of, and ten spread over the rest."""
     rows = probabilities(model, torch.stack([sample[0] for sample in misclassified])) if misclassified else []
     confidences = [float(row[predicted]) for row, (_, _, predicted) in zip(rows, misclassified)]
     order = np.argsort(confidences)[::-1]

@@ -10,7 +10,6 @@ counts. Needs Linux, for the peak memory of a process; that of loader workers is
 
 import argparse
 import contextlib
-import dataclasses
 import io
 import json
 import os
@@ -52,7 +51,7 @@ def seconds_of(function, device):
 def subset(image_set, n):
     """n images drawn at random, the same on every call."""
     indices = torch.randperm(len(image_set.labels), generator=torch.Generator().manual_seed(0))[:n].numpy()
-    return dataclasses.replace(image_set, images=image_set.images[indices], labels=image_set.labels[indices])
+    return image_set._replace(images=image_set.images[indices], labels=image_set.labels[indices])
 
 
 # What a child process measures of one variant, "plain" or a recipe, after one unmeasured round: a dict of numbers.
