@@ -51,14 +51,15 @@ def _download(archive):
     for slowest in (MIN_BYTES_PER_SECOND, 0):  # a slow source is better than none
         for source in SOURCES:
             try:
-                _fetch(source, part, slowest)
-                if not (wrong := mismatch(part)):
-                    return os.replace(part, archive)
-                part.unlink()  # an earlier source's bytes may be to blame: the second round starts afresh
-                reasons[source] = wrong
+                reason = _fetch(source, part, slowest)
+                if not reason and (reason := mismatch(part)):
+                    part.unlink()  # an earlier source's bytes may be to blame: the second round starts afresh
             except (OSError, http.client.HTTPException, ValueError) as error:
-                reasons[source] = str(error) or type(error).__name__
-            print(f"{source}: {reasons[source]}", flush=True)
+                reason = str(error) or type(error).__name__
+            if not reason:
+                return os.replace(part, archive)
+            reasons[source] = reason
+            print(f"{source}: {reason}", flush=True)
     listed = "".join(f"  {source}: {reason}\n" for source, reason in reasons.items())
     raise OSError(
         f"CIFAR-10 could not be downloaded:\n{listed}The next call resumes it. Or use DATASET=digits, set "
@@ -67,10 +68,10 @@ def _download(archive):
 
 
 def _fetch(source, part, slowest):
-    """Complete the file `part` from a source; an error says why it could not be."""
+    """Complete the file `part` from a source; returns why it could not, or ''."""
     start = part.stat().st_size if part.exists() else 0
     if start >= ARCHIVE_SIZE:
-        return
+        return ""
     headers = {"User-Agent": "cifar-10-download"}  # some refuse urllib's own
     request = urllib.request.Request(source, headers=headers | ({"Range": f"bytes={start}-"} if start else {}))
     print(f"fetching {source}", flush=True)  # a host may be silent for a while
@@ -79,7 +80,7 @@ def _fetch(source, part, slowest):
             start = 0  # it sends the whole file
         size = int(response.headers.get("Content-Length", ARCHIVE_SIZE - start)) + start
         if size != ARCHIVE_SIZE:  # before the file is touched: an error page must not replace what is there
-            raise ValueError(f"offers {size:,} bytes instead of {ARCHIVE_SIZE:,}")
+            return f"offers {size:,} bytes instead of {ARCHIVE_SIZE:,}"
         bar = progress_bar(total=ARCHIVE_SIZE, initial=start, unit="B", unit_scale=True)
         with bar, part.open("ab") as file:
             file.truncate(start)
@@ -89,9 +90,9 @@ def _fetch(source, part, slowest):
                 bar.update(len(chunk))
                 arrived, seconds = arrived + len(chunk), time.monotonic() - begun
                 if seconds > SLOW_SECONDS and arrived < slowest * seconds:
-                    break
-    if missing := ARCHIVE_SIZE - start - arrived:
-        raise ValueError(f"closed the connection, or was too slow, with {missing:,} bytes missing")
+                    return f"sends only {arrived / seconds / 1000:.1f} kB/s"
+    missing = ARCHIVE_SIZE - start - arrived
+    return f"closed the connection with {missing:,} bytes missing" if missing else ""
 
 
 def mismatch(path):

@@ -126,6 +126,7 @@ def train(
         train_loader: gives (images float32 (N, channels, H, W), labels int64 (N,) or their probabilities (N, classes)).
         criterion: (scores float32 (N, classes), labels) -> the batch's mean loss.
         scheduler: stepped after every batch. Step one that counts epochs yourself, see `get_scheduler`.
+        verbose: whether to print a line at the end.
 
     Raises:
         ValueError: loader, model, criterion, optimizer and scheduler do not fit each other, or the loader is empty.
@@ -300,10 +301,7 @@ def showmisclassifiedsamples(misclassified, label_map, title="", path=None, pick
 
 
 def post_confusion_matrix(misclassified, test_loader, label_map, title="", path=None):
-    """Counts of true class (row) against predicted class (column) in a test, with the accuracy of each class.
-
-    misclassified is what `test` returned for this loader, which says how many samples there are of each class.
-    """
+    """Counts of true class (row) against predicted class (column), with accuracies, in what `test` made of a loader."""
     if devices.world_size() > 1:  # the loader gives this process's share
         tested = torch.as_tensor(data_of(test_loader).labels)
     else:
