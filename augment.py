@@ -78,8 +78,8 @@ def get_test_transforms():
 def normalisation(transforms):
     """(mean, std) per channel, on the scale 0 to 1, of the normalisation in a pipeline; CIFAR-10's if there is none."""
     steps = [*getattr(transforms, "transforms", [transforms]), *get_test_transforms()]
-    step = next(step for step in steps if isinstance(step, A.Normalize))
-    scale = step.max_pixel_value / 255
+    step = next(step for step in steps if type(step).__name__ == "Normalize")  # torchvision's, too
+    scale = getattr(step, "max_pixel_value", 255) / 255
     return np.array(step.mean) * scale, np.array(step.std) * scale
 
 
@@ -210,4 +210,5 @@ class ImageBatches(Dataset):
         indices = [int(index) for index in indices]
         seed = int(torch.empty((), dtype=torch.int64).random_())  # other ones in each worker and epoch
         images = augment_batch(self.transforms, self.images[indices], np.random.default_rng(seed))
-        return [*zip(images, torch.as_tensor(self.labels)[indices].tolist())]
+        labels = torch.as_tensor(self.labels)[indices]  # which may be probabilities
+        return [*zip(images, labels if labels.is_floating_point() else labels.tolist())]

@@ -43,7 +43,7 @@ def load_images(dataset, split, root=None):
 
     "digits" is scikit-learn's 1,797 8x8 handwritten digits, enlarged: no download.
 
-    ValueError for what is unknown, incomplete or damaged; OSError for what cannot be found, downloaded or written.
+    ValueError for what is unknown, incomplete or damaged; OSError for an archive, or what cannot be found or written.
     """
     if dataset not in ("cifar10", "digits") or split not in SPLITS:
         raise ValueError(f"unknown: {dataset!r}, {split!r}. There is 'cifar10' and 'digits', with 'train' and 'test'")
@@ -66,9 +66,9 @@ def load_images(dataset, split, root=None):
 
 
 def split_validation(labels, per_class=500):
-    """(training, validation): indices of the images to train on and of per_class of each class, always the same.
+    """(training, validation): always the same indices of images to train on, and of per_class held out of each class.
 
-    labels are int64 (N,), as `loader.dataset.labels`; ValueError if a class has no more.
+    labels are int64 (N,), as `loader.dataset.labels`; ValueError if a class has no more than per_class images.
     """
     labels = np.asarray(labels)
     classes, counts = np.unique(labels, return_counts=True)

@@ -80,7 +80,7 @@ class Model(Pretrained):
 
 
 def conv_norm(in_channels, out_channels, kernel=3, dilation=1, activation=nn.Hardswish, **conv):
-    """Conv (no bias) -> BatchNorm -> Hardswish (Howard et al., "Searching for MobileNetV3", 2019), of the same size."""
+    """Conv (no bias) -> BatchNorm -> activation, of the same size at stride 1; Hardswish is of Howard et al., 2019."""
     padding = dilation * (kernel // 2)
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel, padding=padding, dilation=dilation, bias=False, **conv),
@@ -119,7 +119,7 @@ class SeparableResNet(Pretrained):
     | C4 | residual of one separable 3x3 | 128 | 4 | 63 |
 
     Then global average pooling, dropout and a linear classifier: 198,938 parameters. How it was found: RESULTS.md.
-    Input and output are as those of `Model`; dropout_value is of the features before the classifier.
+    Input and output are as `Model`'s; dropout_value is the probability of zeroing a feature before the classifier.
     """
 
     channels_last = True

@@ -161,10 +161,10 @@ def get_scheduler(optimizer, size_or_name=None, gamma=None, name="StepLR", epoch
         peak = group.get("max_lr", group.get("initial_lr", 0))  # which schedulers leave there
         # Before the first step a warm-up may have set it as low.
         if group["lr"] < 1e-3 * peak and getattr(optimizer, "_opt_called", False):
-            raise ValueError(f"an earlier scheduler left lr {peak:.2g} → {group['lr']:.2g}; make the optimizer again")
+            raise ValueError(f"an earlier scheduler cut lr {peak:.2g} → {group['lr']:.2g}; make the optimizer again")
     takes = inspect.signature(kind).parameters
     if steps_per_epoch > 1 and not (IN_EPOCHS | {"steps_per_epoch"}) & takes.keys():
-        raise ValueError(f"{kind.__name__} has no length in epochs; make torch's own, with what it counts in batches")
+        raise ValueError(f"{kind.__name__} has no length in epochs; make it yourself, with what it counts in batches")
     given = {"T_max": epochs, "epochs": epochs, "steps_per_epoch": steps_per_epoch, "step_size": 10}
     given["max_lr"] = [group["lr"] for group in optimizer.param_groups]
     if "total_iters" in takes:  # others than PolynomialLR have it for a part of the run, such as its warm-up

@@ -61,7 +61,7 @@ def save_figure(figure, path=None):
 
 
 def progress_bar(iterable=None, **options):
-    """tqdm's bar in a notebook or a terminal, which None has it look for; none where its own TQDM_DISABLE is set."""
+    """tqdm's bar in a notebook or a terminal; none in a log file, or where its own TQDM_DISABLE is set."""
     return tqdm(iterable, disable=rank() > 0 or bool(os.environ.get("TQDM_DISABLE")) or None, **options)
 
 

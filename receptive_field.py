@@ -18,7 +18,7 @@ LAYERS = (*CONVOLUTIONS, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Ad
 
 
 class Row(NamedTuple):
-    """A layer, the side of its output, and in input pixels the jump to the next output and what one sees across.
+    """A layer, the side of its output, and in input pixels the jump from output to output and how far one sees across.
 
     The last two are None where there is a single output, or every output sees the whole image.
     """
@@ -54,7 +54,7 @@ def receptive_field(model, input_size=32):
 
     Args:
         model: any network of images; a copy of it runs on the CPU, in evaluation mode. Layers behind a head that takes
-            images of one size only are left out. ValueError if there is none, or a step enlarges images or loses NaNs.
+            images of one size only are left out. ValueError if none is left, or a step enlarges images or loses NaNs.
         input_size: side of the square input in pixels.
 
     Returns:

@@ -121,7 +121,7 @@ class Run(contextlib.AbstractContextManager):
     def resume(self, hyperparameters, model, optimizer, scheduler=None):
         """Bring all three, and the random generators, to where the last complete epoch left them, or back to the start.
 
-        Nothing is changed if the checkpoint is damaged or of another run (ValueError), or none can be made (TypeError).
+        Nothing is changed if the checkpoint is damaged or of another run (ValueError). TypeError if none can be made.
 
         Args:
             hyperparameters: what defines the run, {name: number, string, bool or None}. A run resumes only with the
@@ -249,8 +249,8 @@ def _fitting(path, otherwise=lambda: None):
         yield
     except Exception as error:  # a file may hold anything
         otherwise()
-        advice = "Put back a good copy, the model and optimizer, or the code that wrote it, or choose another RUN_NAME"
-        raise ValueError(f"{path} does not fit ({error!r}); nothing was changed. {advice}") from None
+        what = f"{path} does not fit ({type(error).__name__}: {error}); nothing was changed"
+        raise ValueError(f"{what}. Put back a good copy or the old code, or choose another RUN_NAME") from None
 
 
 def printed(thing):

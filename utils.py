@@ -83,7 +83,7 @@ def _leave_interrupts(worker):
 
 def GetCorrectPredCount(pPrediction, pLabels):
     """How many predictions, class indices (N,) or (N, 1) or scores (N, classes), are right."""
-    indices = pPrediction.argmax(dim=1) if pPrediction.numel() > pLabels.numel() else pPrediction
+    indices = pPrediction.argmax(dim=1) if pPrediction.ndim == 2 and pPrediction.shape[1] > 1 else pPrediction
     return indices.view_as(pLabels).eq(pLabels).sum().item()  # torch would stretch another shape to fit
 
 
@@ -192,7 +192,7 @@ test.__test__ = False  # not one of pytest's, in a test file with `from utils im
 
 
 def get_image_from_tensor(img, transforms=None):
-    """An image, float (3, H, W), that transforms or get_test_transforms() normalised, as a uint8 array (H, W, 3)."""
+    """An image float (3, H, W) that transforms, by default get_test_transforms(), normalised, as uint8 (H, W, 3)."""
     mean, std = normalisation(transforms or get_test_transforms())
     pixels = img.detach().cpu().float().numpy().transpose(1, 2, 0) * std + mean
     return (pixels * 255).round().clip(0, 255).astype(np.uint8)
@@ -251,7 +251,7 @@ HEAD = "  epoch  train loss  acc. %  test loss  acc. %      lr       s"
 
 
 def post_progress(run):
-    """The epochs of a run so far, and its curves.png: in a notebook both grow in place, else each epoch has a line."""
+    """The epochs of a run so far: in a notebook a growing table and curves, else a line each; at the end curves.png."""
     history, live = run.history, in_notebook()
     if devices.rank() or not history:
         return
@@ -301,7 +301,7 @@ def showmisclassifiedsamples(misclassified, label_map, title="", path=None, pick
 
 
 def post_confusion_matrix(misclassified, test_loader, label_map, title="", path=None):
-    """Counts of true class (row) against predicted class (column), with accuracies, in what `test` made of a loader."""
+    """Counts of true against predicted class, with accuracies; misclassified is what `test` returned for the loader."""
     if devices.world_size() > 1:  # the loader gives this process's share
         tested = torch.as_tensor(data_of(test_loader).labels)
     else:

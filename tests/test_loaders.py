@@ -85,6 +85,13 @@ def test_a_change_of_the_data_set_is_seen_in_the_next_epoch(digits, num_workers)
 
 
 @pytest.mark.filterwarnings("error")
+def test_labels_may_be_probabilities():
+    _, loader = utils.get_CIFARdataset_with_loader("test", {"batch_size": 8}, "digits")
+    loader.dataset.targets = torch.eye(10)[torch.as_tensor(loader.dataset.labels)]
+    _, labels = next(iter(loader))
+    assert torch.equal(labels, loader.dataset.targets[:8])
+
+
 def test_kwargs_of_the_original_notebook_without_a_warning(monkeypatch):
     original = {"batch_size": 256, "shuffle": True, "num_workers": 4, "pin_memory": True}
     kwargs = dict(original)

@@ -98,8 +98,9 @@ def test_correct_predictions_are_counted():
     labels = torch.tensor([2, 0, 1])
     for predicted in (torch.tensor([2, 1, 1]), torch.tensor([[2], [1], [1]]), torch.eye(3)[[2, 1, 1]]):
         assert utils.GetCorrectPredCount(predicted, labels) == 2
-    with pytest.raises(RuntimeError):  # not stretched to fit
-        utils.GetCorrectPredCount(torch.zeros(1), labels)
+    for predicted, wrong in [(torch.zeros(1), labels), (torch.eye(4), torch.eye(4))]:  # not stretched to fit
+        with pytest.raises(RuntimeError):
+            utils.GetCorrectPredCount(predicted, wrong)
 
 
 class View(nn.Sequential):
