@@ -59,7 +59,7 @@ def get_CIFARdataset_with_loader(datasettype, kwargs=None, dataset="cifar10", ro
 
     cuda = torch.cuda.is_available()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # A process makes 90,000 images a second: two are enough for a GPU, and starting them takes seconds unless forked.
+    # A process makes 20,000 images a second or more: two serve a GPU, and starting them takes seconds unless forked.
     starts = torch.multiprocessing.get_start_method(allow_none=True) or torch.multiprocessing.get_all_start_methods()[0]
     options["num_workers"] = min(options.get("num_workers", 2 if cuda and starts == "fork" else 0), cores)
     options["pin_memory"] = bool(options.get("pin_memory", cuda)) and cuda  # without a GPU it only warns
