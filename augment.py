@@ -211,4 +211,4 @@ class ImageBatches(Dataset):
         seed = int(torch.empty((), dtype=torch.int64).random_())  # other ones in each worker and epoch
         images = augment_batch(self.transforms, self.images[indices], np.random.default_rng(seed))
         labels = torch.as_tensor(self.labels)[indices]  # which may be probabilities
-        return [*zip(images, labels if labels.is_floating_point() else labels.tolist())]
+        return [*zip(images, labels if labels.ndim > 1 or labels.is_floating_point() else labels.tolist())]
