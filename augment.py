@@ -32,8 +32,7 @@ class ShiftScaleRotate(A.ImageOnlyTransform):
         return {"matrix": self.matrices(self.random_generator, 1, params["shape"])[0]}
 
     def apply(self, img, matrix, **params):
-        size = img.shape[1::-1]  # (width, height)
-        return cv2.warpAffine(img, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+        return cv2.warpAffine(img, matrix, img.shape[1::-1], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
 
     def matrices(self, rng, n, shape):
         """Draw n affine matrices, float64 (n, 2, 3), for images of the given (H, W, ...)."""

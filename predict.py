@@ -135,10 +135,11 @@ def main():
         for picture in sorted(glob.glob(name)) or [name]:  # which Windows' shells do not expand
             try:
                 [shown[picture]] = predict(model, picture, classes)
-                print(f"{picture}: {shown[picture]}")
             except (OSError, ValueError) as error:
                 print(error, file=sys.stderr)
                 failed = True
+            else:
+                print(f"{picture}: {shown[picture]}")
     if arguments.show and shown:
         post_predictions([*shown], [*shown.values()], arguments.show)
     sys.exit(failed)

@@ -60,6 +60,6 @@ class Pretrained(nn.Module):
         except (RuntimeError, ValueError, TypeError, KeyError):  # other shapes; settings other than run_settings
             fits = False
         if not fits:
-            other = f"{trained.get('model', 'something else')}, or of {cls.__name__} before it was changed"
-            raise ValueError(f"{weights} does not fit {cls.__name__}: it is of {other}, or no run's last.pt or best.pt")
+            what = f"weights of {trained.get('model', 'something else')}, perhaps from before a change"
+            raise ValueError(f"{weights} does not fit {cls.__name__}: it has {what}, or is no run's last.pt or best.pt")
         return model.eval()

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from unittest.mock import Mock
 
 import albumentations as A
 import matplotlib.pyplot as plt
@@ -165,6 +166,16 @@ def test_by_default_the_most_accurate_weights_name_the_three_best_of_ten(tmp_pat
     [(name, probability, _)] = predict(load_network("resnet-long")[0], RGB)
     assert code == 0 and out.count("%") == 3 and f"good.png: {name} {probability:.1%}, " in out
     assert all(word in terminal("--help")[1] for word in (*CIFAR10_CLASSES, *shipped(), "last.pt"))
+
+
+def test_a_closed_pipe_is_no_fault_of_the_pictures(tmp_path, monkeypatch):
+    """As of `python predict.py *.jpg | head -1`."""
+    Image.fromarray(RGB).save(tmp_path / "good.png")
+    monkeypatch.setattr(sys, "argv", ["predict.py", str(tmp_path / "good.png")])
+    monkeypatch.setattr("builtins.print", Mock(side_effect=BrokenPipeError))
+    with pytest.raises(BrokenPipeError):
+        main()
+    assert print.call_count == 1
 
 
 def test_weights_that_cannot_be_used_are_named_in_one_line(own_run, terminal):
